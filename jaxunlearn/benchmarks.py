@@ -1,0 +1,142 @@
+"""The benchmarks a user can name, and the protocol: every constant of a run in one place.
+
+The benchmark is MLS-Bench's task "security-machine-unlearning". The letter behind a field says how sure its default
+is: K stated by the task or its published baselines, F deduced from published numbers, I inferred from sibling tasks
+of the same family, A assumed by convention.
+"""
+
+import dataclasses
+import difflib
+
+from jaxunlearn.errors import UserError
+
+CHOICES = {
+    "epoch_length": ("min", "retain"),
+    "crop_padding": ("zero", "reflect"),
+    "resnet_shortcut": ("B", "A"),
+    "mobilenet_stride": (1, 2),
+    "precision": ("fp32", "bf16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Every constant of a benchmark run. Hashable: it is a static argument of the compiled steps."""
+
+    # What is learned and what is forgotten.
+    model: str
+    dataset: str
+    mean: tuple[float, ...]  # A  of pixels scaled to 0-1, one a channel
+    std: tuple[float, ...]  # A
+    forget_class: int = 0  # K
+    train_limit: int | None = None  # class-balanced subset of the training images; None is all of them
+    init_weights: str | None = None  # SHA-256 of the weights to start from in place of pretraining
+
+    # Batches. Images are 32 x 32 (I); FashionMNIST and the digits are resized to it.
+    batch_size: int = 128  # K  of every loader, over all devices
+    drop_last: bool = False  # A  keep the partial last batch
+    crop_pixels: int = 4  # I
+    crop_padding: str = "zero"  # I  before normalisation; a sibling task reflects
+    flip: bool = True  # I  FashionMNIST too
+    mia_augment: bool = False  # A  the attack sees clean forget-train images
+
+    # Model variants.
+    resnet_shortcut: str = "B"  # I  1x1 convolution + BatchNorm; "A" has no parameters
+    mobilenet_stride: int = 1  # A  of the 24-channel stage
+    precision: str = "fp32"  # of the computation; parameters and statistics are always fp32
+
+    # Pretraining: SGD, cosine to 0 stepped once an epoch (I), no Nesterov (A), decay on all parameters (K).
+    pretrain_epochs: int = 80  # K
+    pretrain_lr: float = 0.1  # K
+    pretrain_momentum: float = 0.9  # K
+    pretrain_weight_decay: float = 5e-4  # K
+
+    # Unlearning: one Adam, constant learning rate, no decay (K).
+    unlearn_epochs: int = 20  # K
+    epoch_length: str = "min"  # F  steps an epoch: min(retain, forget) batches, or the retain batches
+    unlearn_lr: float = 1e-3  # K
+    adam_b1: float = 0.9  # K
+    adam_b2: float = 0.999  # K
+    adam_eps: float = 1e-8  # K
+
+
+# The fields that decide what a pretrained model is, beside the images: they and nothing else enter its cache key.
+# Batches are formed by `batch_size` and `drop_last` in pretraining too.
+PRETRAIN_FIELDS = (
+    "model",
+    "dataset",
+    "mean",
+    "std",
+    "train_limit",
+    "batch_size",
+    "drop_last",
+    "crop_pixels",
+    "crop_padding",
+    "flip",
+    "resnet_shortcut",
+    "mobilenet_stride",
+    "precision",
+    "pretrain_epochs",
+    "pretrain_lr",
+    "pretrain_momentum",
+    "pretrain_weight_decay",
+)
+
+BENCHMARKS = {
+    "resnet20-cifar10-class0": Protocol(
+        model="resnet20", dataset="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
+    ),
+    "vgg16bn-cifar100-class0": Protocol(
+        model="vgg16bn", dataset="cifar100", mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)
+    ),
+    "mobilenetv2-fmnist-class0": Protocol(
+        model="mobilenetv2", dataset="fashion_mnist", mean=(0.2860,) * 3, std=(0.3530,) * 3
+    ),
+    # Ours: the whole pipeline in a minute, nothing to download.
+    "resnet20-digits-class0": Protocol(
+        model="resnet20",
+        dataset="digits",
+        mean=(0.3053,) * 3,
+        std=(0.3760,) * 3,
+        flip=False,
+        pretrain_epochs=8,
+    ),
+}
+
+
+def get_benchmark(name: str) -> Protocol:
+    """The protocol of a benchmark. Raises UserError, with the nearest name, for one that does not exist."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    nearest = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0)[0]
+    raise UserError(f"unknown benchmark '{name}': did you mean '{nearest}'? (--list shows all)")
+
+
+def validate(protocol: Protocol, num_classes: int) -> None:
+    """Raises UserError for the first value of `protocol` that no run can have."""
+    for name, allowed in CHOICES.items():
+        if (value := getattr(protocol, name)) not in allowed:
+            raise UserError(f"{name} is {value!r}: choose from {', '.join(map(str, allowed))}")
+    for name in ("pretrain_epochs", "unlearn_epochs", "batch_size"):
+        if (value := getattr(protocol, name)) < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    for name in ("pretrain_lr", "unlearn_lr", "adam_eps"):
+        if not 0 < (value := getattr(protocol, name)) < float("inf"):
+            raise UserError(f"{name} is {value}: it must be a positive number")
+    for name in ("pretrain_momentum", "adam_b1", "adam_b2"):
+        if not 0 <= (value := getattr(protocol, name)) < 1:
+            raise UserError(f"{name} is {value}: it must be at least 0 and less than 1")
+    if not 0 <= protocol.pretrain_weight_decay < float("inf"):
+        raise UserError(f"pretrain_weight_decay is {protocol.pretrain_weight_decay}: it must be 0 or more")
+    if not 0 <= protocol.crop_pixels < 32:
+        raise UserError(f"crop_pixels is {protocol.crop_pixels}: it must be from 0 to 31")
+    if not 0 <= protocol.forget_class < num_classes:
+        raise UserError(
+            f"forget class {protocol.forget_class} does not exist: {protocol.dataset} has classes 0 to {num_classes - 1}"
+        )
+    if protocol.train_limit is not None and protocol.train_limit < num_classes:
+        raise UserError(
+            f"train_limit is {protocol.train_limit}: {protocol.dataset} needs at least {num_classes}, one image a class"
+        )
+    if len(protocol.mean) != 3 or len(protocol.std) != 3 or min(protocol.std) <= 0:
+        raise UserError("mean and std need three values each, one a channel, and std must be positive")

@@ -1,0 +1,1 @@
+"""Data: where the images come from, and batches of them made on the device."""

@@ -1,0 +1,87 @@
+"""Data sets through tensorflow-datasets: reading a prepared one needs no TensorFlow, preparing one does.
+
+The library is imported inside the functions: users of local files should not wait for it.
+"""
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxunlearn.data.readers import ImageSet, checked, one_line
+from jaxunlearn.errors import UserError
+
+
+def find_prepared(place: Path, name: str) -> Path | None:
+    """The newest version of a data set that tensorflow-datasets prepared in `place/name/<version>/`, if any."""
+    versions = {}
+    for info in place.glob(f"{name}/*/dataset_info.json"):
+        if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name):  # not incomplete.XXXXXX_3.0.2
+            versions[tuple(map(int, info.parent.name.split(".")))] = info.parent
+    return versions[max(versions)] if versions else None
+
+
+def read_prepared(folder: Path, num_classes: int, shape: tuple[int, int, int]) -> tuple[ImageSet, ImageSet]:
+    """The train and test sets in a folder prepared in the array_record format.
+
+    CIFAR's examples carry their place in the official files and are put back in that order, so the arrays and their
+    digest are those of the official files. FashionMNIST's do not: its order is tensorflow-datasets' own shuffle, the
+    same on every machine but not the official one, and the digest differs. UserError if anything is wrong.
+    """
+    try:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(folder)
+        # Left as PNG: tensorflow-datasets would decode them with the same library, more slowly, and ask for OpenCV.
+        raw = {"image": tfds.decode.SkipDecoding()}
+        train, test = (_read_split(builder.as_data_source(split, decoders=raw), shape) for split in ("train", "test"))
+    except NotImplementedError as error:
+        raise UserError(
+            f"{folder} is not in the array_record format: prepare it with file_format='array_record', or remove it"
+        ) from error
+    except Exception as error:  # broken metadata, records and images can raise anything
+        raise UserError(f"{folder} cannot be read ({one_line(error)}): remove it to prepare it again") from error
+    return checked(*train, num_classes, f"{folder} (train)"), checked(*test, num_classes, f"{folder} (test)")
+
+
+def _read_split(source, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    examples = source.__getitems__(range(len(source)))
+    if examples and "id" in examples[0]:
+        examples = sorted(examples, key=lambda example: example["id"])
+    images = [_decode_png(example["image"], shape) for example in examples]
+    return np.array(images, np.uint8).reshape(-1, *shape), np.array([example["label"] for example in examples], int)
+
+
+def _decode_png(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        if image.size != shape[1::-1] or image.mode != {1: "L", 3: "RGB"}[shape[2]]:  # before any pixel is decoded
+            raise ValueError(f"an image is {image.mode} of {image.size}, not {shape}")
+        return np.asarray(image).reshape(shape)
+
+
+def prepare(name: str, tfds_dir: Path, advice: str) -> Path:
+    """Downloads a data set into `tfds_dir` and returns the prepared folder; needs TensorFlow.
+
+    tensorflow-datasets shows its progress on stderr, checks the downloads' SHA-256 and renames a finished folder into
+    place. UserError, ending in `advice`, if TensorFlow is missing or anything fails.
+    """
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(f'downloading {name} needs TensorFlow: pip install "jaxunlearn[tfds]", {advice}')
+    try:
+        import tensorflow_datasets as tfds
+
+        # It announces itself on stdout, which is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            tfds.builder(name, data_dir=tfds_dir, file_format="array_record").download_and_prepare()
+    except Exception as error:  # network, disk, checksum, TensorFlow itself: each has its own kinds
+        if not find_prepared(tfds_dir, name):  # else another process was faster
+            raise UserError(f"downloading {name} failed ({one_line(error)}): try again, {advice}") from error
+    prepared = find_prepared(tfds_dir, name)
+    assert prepared is not None
+    return prepared

@@ -1,0 +1,29 @@
+"""Bad teaching (Chundawat et al. 2023, arXiv:2205.08096): KL(t || student) on the retain and forget images together,
+where t is the pretrained model's softmax on retain images and a random model's on forget images; T = 1.
+
+The random model is the same network with fresh parameters. As in the published baseline it keeps the trained
+BatchNorm running statistics, which do not fit its weights (on MobileNetV2 its logits overflow); `reset_bn=True`
+gives it fresh ones.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxunlearn.methods.rule import Frozen, UnlearningRule, descend, init_state, kl_divergence, teach
+
+
+def rule(context, *, reset_bn: bool = False) -> UnlearningRule:
+    def init(params, batch_stats, key):
+        random_params, fresh_stats = context.initialise(key)
+        incompetent = Frozen(random_params, fresh_stats if reset_bn else batch_stats)
+        return init_state(context, params, batch_stats, key, extra=(Frozen(params, batch_stats), incompetent))
+
+    def step(params, state, retain, forget):
+        competent, incompetent = state.extra
+        logits = [teach(context, competent, retain.images), teach(context, incompetent, forget.images)]
+        targets = jax.nn.softmax(jnp.concatenate(logits))
+        images = jnp.concatenate([retain.images, forget.images])
+        params, state, loss = descend(context, params, state, lambda student: kl_divergence(targets, student(images)))
+        return params, state, {"loss": loss}
+
+    return UnlearningRule(init, step)

@@ -1,0 +1,150 @@
+"""The contract of an unlearning rule, and the small pieces that rules are written with.
+
+A rule file has one module-level name, `rule`: a factory `rule(context, *, hyperparameters with defaults)` that
+returns an `UnlearningRule`, much as an optax transformation does. Most rules are only a loss: `loss_rule` makes a
+factory from it. Everything here is for one seed; the loop vmaps it over seeds and shards it over devices.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+class Context(NamedTuple):
+    """What a rule may know of the run: the model's functions, the fixed optimizer and the sizes.
+
+    Images are f32[B, 32, 32, 3], normalised; logits are f32[B, classes].
+    """
+
+    apply_train: Callable[..., tuple[jax.Array, PyTree]]  # (params, batch_stats, images, key) -> (logits, batch_stats)
+    apply_eval: Callable[..., jax.Array]  # (params, batch_stats, images) -> logits
+    initialise: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> fresh (params, batch_stats)
+    optimizer: optax.GradientTransformation
+    num_classes: int
+    forget_class: int
+    steps_per_epoch: int
+    epochs: int
+
+
+class RuleState(NamedTuple):
+    """Everything that changes beside the parameters. The first four belong to one seed; the last two to all."""
+
+    batch_stats: PyTree  # BatchNorm's running statistics, which the evaluator reads
+    opt_state: PyTree  # Adam's moments
+    key: jax.Array  # fresh in every step: a function of (seed, epoch, step)
+    extra: PyTree  # whatever the rule keeps: a teacher, a mask, an average
+    step: jax.Array  # i32 scalar, steps done in all; written by the loop
+    epoch: jax.Array  # i32 scalar, from 0; written by the loop
+
+
+class UnlearningRule(NamedTuple):
+    """A rule: two pure functions, and a third for rules that look at the data before the first step.
+
+    init:    (params, batch_stats, key) -> RuleState
+    step:    (params, state, retain, forget) -> (params, state, metrics); jitted, metrics are f32 scalars with "loss"
+    prepare: (params, state, retain_set, forget_set) -> (params, state); called once, outside jit. A set is iterated
+             for its clean batches, in file order: `for images, labels in retain_set`.
+    """
+
+    init: Callable[..., RuleState]
+    step: Callable[..., tuple[PyTree, RuleState, Metrics]]
+    prepare: Callable[..., tuple[PyTree, RuleState]] | None = None
+
+
+class Frozen(NamedTuple):
+    """A model that no longer learns: a teacher."""
+
+    params: PyTree
+    batch_stats: PyTree
+
+
+class Student:
+    """The model that learns, inside one loss. Calling it is a forward in train mode.
+
+    Like a PyTorch module it updates its BatchNorm statistics with each call, in the order of the calls; it lives
+    only while the loss is traced, so the rule around it stays pure.
+    """
+
+    def __init__(self, context: Context, params: PyTree, state: RuleState):
+        self.context = context
+        self.state = state
+        self.params = params
+        self.batch_stats = state.batch_stats
+        self._key = state.key
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of `images` in train mode; the running statistics move."""
+        self._key, key = jax.random.split(self._key)
+        logits, self.batch_stats = self.context.apply_train(self.params, self.batch_stats, images, key)
+        return logits
+
+    def teacher(self, images: jax.Array) -> jax.Array:
+        """Logits of the model as it was before the first step, in eval mode. For rules made by `loss_rule`."""
+        return teach(self.context, self.state.extra, images)
+
+
+def teach(context: Context, teacher: Frozen, images: jax.Array) -> jax.Array:
+    """Logits of a frozen model in eval mode; no gradient flows into it."""
+    return jax.lax.stop_gradient(context.apply_eval(teacher.params, teacher.batch_stats, images))
+
+
+def init_state(context: Context, params: PyTree, batch_stats: PyTree, key: jax.Array, extra: PyTree = ()) -> RuleState:
+    """The state before the first step: Adam's moments at zero."""
+    zero = jnp.zeros((), jnp.int32)
+    return RuleState(batch_stats, context.optimizer.init(params), key, extra, zero, zero)
+
+
+def descend(
+    context: Context, params: PyTree, state: RuleState, loss: Callable[[Student], jax.Array]
+) -> tuple[PyTree, RuleState, jax.Array]:
+    """One step of the fixed optimizer down `loss(student)`. Returns (params, state, the loss before the step)."""
+
+    def objective(params: PyTree) -> tuple[jax.Array, PyTree]:
+        student = Student(context, params, state)
+        return loss(student), student.batch_stats
+
+    (value, batch_stats), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    updates, opt_state = context.optimizer.update(gradients, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return params, state._replace(batch_stats=batch_stats, opt_state=opt_state), value
+
+
+def loss_rule(loss: Callable[..., jax.Array]) -> Callable[..., UnlearningRule]:
+    """Makes a rule's factory of a loss `(student, retain, forget, *, hyperparameters) -> scalar`."""
+
+    @functools.wraps(loss)
+    def factory(context: Context, **hyperparameters: Any) -> UnlearningRule:
+        def init(params: PyTree, batch_stats: PyTree, key: jax.Array) -> RuleState:
+            return init_state(context, params, batch_stats, key, extra=Frozen(params, batch_stats))
+
+        def step(params: PyTree, state: RuleState, retain: Any, forget: Any) -> tuple[PyTree, RuleState, Metrics]:
+            params, state, value = descend(
+                context, params, state, lambda student: loss(student, retain, forget, **hyperparameters)
+            )
+            return params, state, {"loss": value}
+
+        return UnlearningRule(init, step)
+
+    keywords = [p for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    factory.__signature__ = inspect.Signature([context, *keywords])  # type: ignore[attr-defined]
+    return factory
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of logits f32[B, C] and labels i32[B]: a scalar."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def kl_divergence(targets: jax.Array, logits: jax.Array) -> jax.Array:
+    """KL(t || s) of target probabilities f32[B, C] and the student's logits f32[B, C]: summed over classes, mean
+    over the batch. A target of exactly 0 contributes 0."""
+    return optax.losses.kl_divergence(jax.nn.log_softmax(logits), targets).mean()

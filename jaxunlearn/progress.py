@@ -1,0 +1,60 @@
+"""Progress bars on stderr for work that takes long; nothing where stderr is no terminal."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+REFRESH_SECONDS = 1.0  # how often a value is read from the device
+
+Report = Callable[[int, dict[str, jax.Array]], None]
+
+
+class Reporter:
+    """Shows one bar at a time. `quiet` shows none."""
+
+    def __init__(self, quiet: bool = False):
+        self.shows = not quiet and sys.stderr.isatty()
+
+    @contextmanager
+    def task(
+        self, title: str, epochs: int, steps: int, images: int, first: int = 0
+    ) -> Iterator[Callable[[int], Report]]:
+        """A bar over `epochs` epochs of `steps` steps and `images` images each, of which `first` are done.
+
+        Yields a function of the epoch that makes the loop's `report`.
+        """
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with Progress(*columns, console=Console(stderr=True), disable=not self.shows, transient=True) as bar:
+            shown = bar.add_task(title, total=epochs * steps, completed=first * steps, text="compiling")
+            start = last = time.monotonic()
+
+            def of_epoch(epoch: int) -> Report:
+                def report(done: int, metrics: dict[str, Any]) -> None:
+                    nonlocal last
+                    now = time.monotonic()
+                    if not self.shows or now - last < REFRESH_SECONDS:
+                        return
+                    last = now
+                    steps_done = epoch * steps + done
+                    rate = (steps_done - first * steps) / steps * images / (now - start)
+                    values = "  ".join(f"{name} {np.mean(value):.3f}" for name, value in metrics.items())
+                    text = f"epoch {epoch + 1}/{epochs}  {values}  {rate:,.0f} images/s"
+                    bar.update(shown, completed=steps_done, text=text)
+
+                return report
+
+            yield of_epoch

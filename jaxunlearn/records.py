@@ -1,0 +1,166 @@
+"""Result records: one JSON file a benchmark, method and seed, and what it was measured on.
+
+A record is a plain dictionary whose keys keep the order in which the run built it; the README lists them.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxunlearn
+from jaxunlearn.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+
+
+def record_path(out: Path, bench: str, method: str, seed: int, differs: Mapping[str, Any]) -> Path:
+    """OUT/<bench>/<method>[-<8 hex>]/seed<k>.json.
+
+    Args:
+      differs: protocol fields and hyperparameters that are not the benchmark's own, JSON values. Their hash,
+        independent of key order, keeps such runs apart from the benchmark's; empty means none. `1` and `1.0` hash
+        differently.
+    """
+    suffix = ""
+    if differs:
+        canonical = json.dumps(differs, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        suffix = "-" + hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    return out / bench / f"{method}{suffix}" / f"seed{seed}.json"
+
+
+def check_overwrite(path: Path, protocol: Mapping[str, Any], hyperparameters: Mapping[str, Any], force: bool) -> None:
+    """Fails now, rather than after hours of training, if `write` would not be able to store a result at `path`.
+
+    Raises:
+      UserError: the folder cannot be written, or (without `force`) the record there has another protocol or other
+        hyperparameters, or cannot be read.
+    """
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK | os.X_OK)):
+        raise UserError(f"cannot write {path}: {ancestor} is not a writable folder; choose another --out")
+    if force or not path.exists():
+        return
+    differences = _differences(_read(path), protocol, hyperparameters)
+    if differences:
+        raise UserError(
+            f"{path} holds a result of other settings ({'; '.join(differences)}): "
+            "pass --force to replace it, or another --out"
+        )
+
+
+def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
+    """Stores `record` as indented JSON, atomically: `path` holds the old record or the new one, whole, at any time.
+
+    An old record is replaced if `force`, or if it has the same protocol and hyperparameters and is not better in status
+    ("ok" is better than "diverged").
+
+    Returns:
+      Whether the record was written; False means the old one was kept.
+
+    Raises:
+      UserError: the old record cannot be read (without `force`).
+      ValueError, TypeError: `record` has a NaN, an infinity or something that is no JSON value.
+    """
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    if not force and path.exists():
+        old = _read(path)
+        better = old["status"] == "ok" and record["status"] != "ok"
+        if better or _differences(old, record["protocol"], record["hyperparameters"]):
+            return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, because a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def environment() -> dict[str, Any]:
+    """What a result was measured on, as JSON values, without anything that names a person, a machine or a folder.
+
+    Returns:
+      `versions` (of this package, Python and `PACKAGES`; None: not installed), `device_kind`, `device_count` (all that
+      JAX sees), `cpu` {`model`, `cores` this process may use}, `git_commit` (of this package's checkout, ending in
+      "-dirty" when tracked files were changed; None outside a checkout).
+    """
+    own = {"jaxunlearn": jaxunlearn.__version__, "python": platform.python_version()}
+    return {
+        "versions": own | {name: _version(name) for name in PACKAGES},
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "cpu": {"model": _cpu_model(), "cores": _cores()},
+        "git_commit": _git_commit(Path(__file__)),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the record {path} ({reason}): pass --force to replace it") from error
+    settings = [record.get(key) for key in ("protocol", "hyperparameters")] if isinstance(record, dict) else [None]
+    if not (all(isinstance(setting, dict) for setting in settings) and "status" in record):
+        raise UserError(f"{path} is not a result record: pass --force to replace it")
+    return record
+
+
+def _differences(old: Mapping[str, Any], protocol: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> list[str]:
+    """One 'name: OLD there, NEW here' a setting that differs, compared as JSON values (a tuple is a list there)."""
+    found = []
+    for before, now in ((old["protocol"], protocol), (old["hyperparameters"], hyperparameters)):
+        now = json.loads(json.dumps(now))
+        for name in [*now, *(name for name in before if name not in now)]:
+            if name not in before or name not in now or before[name] != now[name]:
+                there, here = (json.dumps(side[name]) if name in side else "absent" for side in (before, now))
+                found.append(f"{name}: {there} there, {here} here")
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:  # Linux; elsewhere `platform` knows, on Linux it mostly does not
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _git_commit(file: Path) -> str | None:
+    """Commit of the checkout that tracks `file`, or None: someone else's checkout around site-packages is not it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        # With every tag excluded, describe prints the bare commit.
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,68 @@
+"""One form for every number of seeds and devices: a mesh with the axes ("seed", "data").
+
+Seeds are independent, so each group of them runs on its own devices (`over_seeds`); within a group the batch is
+spread over the `data` axis of a global-view jit (`shard_batch`), so whoever writes a step or a rule sees the whole
+batch and no collective. The program for N devices is the program for one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from jaxunlearn.errors import UserError
+
+T = TypeVar("T")
+
+
+def request_devices(count: int | None) -> None:
+    """Makes `count` host devices where JAX runs on CPUs. Must come before the first use of JAX."""
+    if count is not None and jax.config.jax_num_cpu_devices < 0 and "cpu" in (jax.config.jax_platforms or "cpu"):
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def make_mesh(num_seeds: int, num_devices: int | None = None) -> jax.sharding.Mesh:
+    """The mesh of `num_devices` (default: all) devices: `seed` takes gcd(seeds, devices) of them, `data` the rest.
+
+    Raises UserError for more devices than there are.
+    """
+    devices = jax.devices()
+    count = len(devices) if num_devices is None else num_devices
+    if not 1 <= count <= len(devices):
+        raise UserError(f"--devices {count}: this machine has {len(devices)} {devices[0].platform} device(s)")
+    along_seed = math.gcd(num_seeds, count)
+    axis_types = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto)
+    return jax.make_mesh(
+        (along_seed, count // along_seed), ("seed", "data"), axis_types=axis_types, devices=devices[:count]
+    )
+
+
+def over_seeds(function: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """`function(seeded, shared)`, written for one seed, over the leading axis of every array in `seeded`.
+
+    Each group of devices along `seed` maps its own seeds by vmap; `shared` is one for all, so a branch on it stays
+    a branch. Outputs get the seed axis in front.
+    """
+    return jax.shard_map(
+        jax.vmap(function, in_axes=(0, None)),
+        mesh=mesh,
+        in_specs=(jax.P("seed"), jax.P()),
+        out_specs=jax.P("seed"),
+        axis_names={"seed"},
+    )
+
+
+def shard_batch(batch: T) -> T:
+    """Spreads a batch, inside `over_seeds`, over the devices of the `data` axis; any batch size will do."""
+    return jax.lax.with_sharding_constraint(batch, jax.P("data"))
+
+
+def place_seeds(tree: T, mesh: jax.sharding.Mesh) -> T:
+    """Puts arrays with a leading seed axis on the mesh."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.P("seed")))
+
+
+def place_shared(tree: T, mesh: jax.sharding.Mesh) -> T:
+    """Puts arrays that all seeds share on every device of the mesh."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.P()))

@@ -1,0 +1,131 @@
+"""Pretraining: SGD on cross-entropy, cosine learning rate stepped once an epoch (protocol section 4.1).
+
+`retrain`, the reference that never saw the forgotten class, is the same on the retain images alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxunlearn.benchmarks import Protocol
+from jaxunlearn.data.batches import Images, augmented_batch, epoch_order
+from jaxunlearn.loop import EpochLoop, Timing, batch_sizes, chunks
+from jaxunlearn.methods.rule import cross_entropy
+from jaxunlearn.models.network import Network
+from jaxunlearn.randomness import Stream, stream_key
+from jaxunlearn.sharding import over_seeds, place_seeds, place_shared, shard_batch
+
+
+class TrainState(NamedTuple):
+    """What pretraining changes. A checkpoint holds one seed's."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def make_optimizer(protocol: Protocol, steps_per_epoch: int) -> optax.GradientTransformation:
+    """PyTorch's SGD(lr, momentum, weight_decay): decay joins the gradient before the momentum. No Nesterov.
+
+    lr(epoch) = lr (1 + cos(pi epoch / epochs)) / 2, constant within an epoch.
+    """
+
+    def learning_rate(count: jax.Array) -> jax.Array:
+        epoch = count // steps_per_epoch
+        return protocol.pretrain_lr * (1 + jnp.cos(jnp.pi * epoch / protocol.pretrain_epochs)) / 2
+
+    return optax.chain(
+        optax.add_decayed_weights(protocol.pretrain_weight_decay),
+        optax.sgd(learning_rate, momentum=protocol.pretrain_momentum),
+    )
+
+
+class Pretraining:
+    """The pretraining of a group of seeds on `indices` of the training images, epoch by epoch."""
+
+    def __init__(
+        self,
+        network: Network,
+        protocol: Protocol,
+        data: Images,
+        indices: np.ndarray,
+        mesh: jax.sharding.Mesh,
+        timing: Timing,
+    ):
+        sizes = batch_sizes(len(indices), protocol.batch_size, protocol.drop_last)
+        optimizer = make_optimizer(protocol, len(sizes))
+        self.mesh, self.epochs = mesh, protocol.pretrain_epochs
+        self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(sizes)
+        self._plan = chunks([(size,) for size in sizes])
+        self._data, self._timing = place_shared(data, mesh), timing
+        self._indices = place_shared(indices.astype(np.int32), mesh)
+        self._loop = EpochLoop(_train_step(network, optimizer, protocol), mesh, timing)
+
+        def start(key: jax.Array, shared: None) -> TrainState:
+            params, batch_stats = network.initialise(stream_key(key, Stream.INIT))
+            return TrainState(params, batch_stats, optimizer.init(params))
+
+        def order(key: jax.Array, shared: tuple[jax.Array, jax.Array]) -> jax.Array:
+            indices, epoch = shared
+            return epoch_order(stream_key(key, Stream.PRETRAIN, epoch), indices)[0]
+
+        self._start_one = start
+        self._start = jax.jit(over_seeds(start, mesh))
+        self._order = jax.jit(over_seeds(order, mesh))
+
+    def start(self, keys: jax.Array) -> TrainState:
+        """Fresh states for keys[S], the seed axis in front."""
+        with self._timing("compile_s"):  # small programs: what they take is their compilation
+            return jax.block_until_ready(self._start(place_seeds(keys, self.mesh), None))
+
+    def abstract(self) -> TrainState:
+        """Shapes and dtypes of one seed's state."""
+        return jax.eval_shape(self._start_one, jax.eval_shape(jax.random.key, 0), None)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent on compilation so far: not training time."""
+        return self._timing.get("compile_s", 0.0)
+
+    def epoch(
+        self,
+        state: TrainState,
+        keys: jax.Array,
+        epoch: int,
+        report: Callable[[int, dict[str, jax.Array]], None] = lambda done, metrics: None,
+    ) -> tuple[TrainState, dict[str, np.ndarray]]:
+        """One epoch of all seeds; `state` is donated. Returns (state, metrics f32[S, steps]: loss, accuracy)."""
+        keys = place_seeds(keys, self.mesh)
+        orders = self._order(keys, (self._indices, place_shared(np.int32(epoch), self.mesh)))
+        return self._loop.run(state, (keys, orders), self._data, epoch, self._plan, report)
+
+
+def _train_step(network: Network, optimizer: optax.GradientTransformation, protocol: Protocol) -> Callable[..., Any]:
+    def step(
+        state: TrainState,
+        seeded: tuple[jax.Array, jax.Array],
+        data: Images,
+        epoch: jax.Array,
+        index: jax.Array,
+        sizes: tuple[int],
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        key, order = seeded
+        augment_key, dropout_key = jax.random.split(stream_key(key, Stream.PRETRAIN, epoch, index))
+        chosen = jax.lax.dynamic_slice(order, (index * protocol.batch_size,), sizes)
+        batch = shard_batch(augmented_batch(data, chosen, augment_key, protocol))
+
+        def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            logits, batch_stats = network.apply_train(params, state.batch_stats, batch.images, dropout_key)
+            return cross_entropy(logits, batch.labels), (logits, batch_stats)
+
+        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        accuracy = (logits.argmax(-1) == batch.labels).mean()
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, batch_stats, opt_state), {"loss": loss, "accuracy": accuracy}
+
+    return step

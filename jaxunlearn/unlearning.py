@@ -1,0 +1,213 @@
+"""The unlearning loop: runs any rule for the epochs of the protocol (section 4.2-4.3), all seeds together."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxunlearn.benchmarks import Protocol
+from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
+from jaxunlearn.errors import UserError
+from jaxunlearn.loop import Chunk, EpochLoop, Timing, batch_sizes, chunks
+from jaxunlearn.methods import Method, build_rule
+from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
+from jaxunlearn.models.network import Network
+from jaxunlearn.randomness import Stream, stream_key
+from jaxunlearn.sharding import over_seeds, place_seeds, place_shared, shard_batch
+
+
+class Split(NamedTuple):
+    """Which training images are kept and which are to be forgotten: indices i32[R] and i32[F]."""
+
+    retain: np.ndarray
+    forget: np.ndarray
+
+
+class Carry(NamedTuple):
+    """What an unlearning step changes, for one seed."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    extra: Any
+
+
+class CleanSet(NamedTuple):
+    """The batches a rule's `prepare` looks at: not augmented, in file order."""
+
+    data: Images
+    indices: np.ndarray
+    protocol: Protocol
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        size = self.protocol.batch_size
+        for start in range(0, len(self.indices), size):
+            yield clean_batch(self.data, self.indices[start : start + size], self.protocol)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.protocol.batch_size)
+
+
+def epoch_plan(protocol: Protocol, split: Split) -> list[tuple[int, int]]:
+    """The batch sizes (retain, forget) of an epoch's steps.
+
+    "min": as many steps as the smaller of the two has batches. "retain": as many as retain has; the forget images
+    are gone through again and again, in a new order each time.
+
+    Raises:
+      UserError: no step is left (`drop_last` with fewer images than a batch).
+    """
+    retain = batch_sizes(len(split.retain), protocol.batch_size, protocol.drop_last)
+    forget = batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last)
+    if not retain or not forget:
+        raise UserError(
+            f"batch size {protocol.batch_size} with drop_last leaves no batch of the {len(split.forget)} forget images: "
+            "use a smaller --batch-size or keep the last batch"
+        )
+    steps = min(len(retain), len(forget)) if protocol.epoch_length == "min" else len(retain)
+    return [(retain[i], forget[i % len(forget)]) for i in range(steps)]
+
+
+def make_context(network: Network, protocol: Protocol, num_classes: int, steps_per_epoch: int) -> Context:
+    """What a rule is told; the fixed optimizer is Adam (protocol section 4.2)."""
+    adam = optax.adam(protocol.unlearn_lr, b1=protocol.adam_b1, b2=protocol.adam_b2, eps=protocol.adam_eps)
+    return Context(
+        **network._asdict(),
+        optimizer=adam,
+        num_classes=num_classes,
+        forget_class=protocol.forget_class,
+        steps_per_epoch=steps_per_epoch,
+        epochs=protocol.unlearn_epochs,
+    )
+
+
+class Unlearning:
+    """One method on a group of seeds. Checks the rule against its contract before anything is computed."""
+
+    def __init__(
+        self,
+        method: Method,
+        network: Network,
+        protocol: Protocol,
+        num_classes: int,
+        data: Images,
+        split: Split,
+        mesh: jax.sharding.Mesh,
+        timing: Timing,
+    ):
+        sizes = epoch_plan(protocol, split)
+        self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(map(sum, sizes))
+        self.epochs = protocol.unlearn_epochs
+        self._plan: list[Chunk] = chunks(sizes)  # type: ignore[arg-type]
+        self._protocol, self._mesh, self._data, self._split, self._timing = protocol, mesh, data, split, timing
+        context = make_context(network, protocol, num_classes, len(sizes))
+        self._rule = build_rule(method, context)
+        check_rule(method, self._rule, context)
+        forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last))
+        passes = math.ceil(len(sizes) / forget_batches)
+
+        def order(key: jax.Array, shared: tuple[Any, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            split, epoch = shared
+            retain_key, forget_key = jax.random.split(stream_key(key, Stream.UNLEARN, epoch))
+            return epoch_order(retain_key, split.retain)[0], epoch_order(forget_key, split.forget, passes)
+
+        self._order = jax.jit(over_seeds(order, mesh))
+        step = _unlearn_step(self._rule, protocol, len(sizes), forget_batches)
+        self._loop = EpochLoop(step, mesh, timing)
+
+    def start(self, params: Any, batch_stats: Any, keys: jax.Array) -> Carry:
+        """The state before the first step. The models given, the seed axis in front, are left as they are."""
+
+        def init(own: tuple[Any, Any, jax.Array], shared: None) -> Carry:
+            params, batch_stats, key = own
+            state = self._rule.init(params, batch_stats, stream_key(key, Stream.RULE))
+            # Copies, because the loop donates: a teacher must not share its buffers with the student.
+            return jax.tree.map(jnp.copy, Carry(params, state.batch_stats, state.opt_state, state.extra))
+
+        with self._timing("compile_s"):
+            carry = jax.jit(over_seeds(init, self._mesh))((params, batch_stats, place_seeds(keys, self._mesh)), None)
+            jax.block_until_ready(carry)
+        if self._rule.prepare is None:
+            return carry
+        prepared = [self._prepare(jax.tree.map(lambda x: x[i], carry), keys[i]) for i in range(len(keys))]
+        return place_seeds(jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared), self._mesh)
+
+    def _prepare(self, carry: Carry, key: jax.Array) -> Carry:
+        assert self._rule.prepare is not None
+        zero = jnp.zeros((), jnp.int32)
+        state = RuleState(*carry[1:3], stream_key(key, Stream.RULE), carry.extra, zero, zero)
+        sets = (CleanSet(self._data, indices, self._protocol) for indices in self._split)
+        params, state = self._rule.prepare(carry.params, state, *sets)
+        return Carry(params, state.batch_stats, state.opt_state, state.extra)
+
+    def epoch(
+        self,
+        carry: Carry,
+        keys: jax.Array,
+        epoch: int,
+        report: Callable[[int, dict[str, jax.Array]], None] = lambda done, metrics: None,
+    ) -> tuple[Carry, dict[str, np.ndarray]]:
+        """One epoch of all seeds; `carry` is donated. Returns (carry, the rule's metrics f32[S, steps])."""
+        keys = place_seeds(keys, self._mesh)
+        split = place_shared(Split(*(part.astype(np.int32) for part in self._split)), self._mesh)
+        orders = self._order(keys, (split, place_shared(np.int32(epoch), self._mesh)))
+        return self._loop.run(carry, (keys, orders), self._data, epoch, self._plan, report)
+
+
+def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_batches: int) -> Callable[..., Any]:
+    def step(
+        carry: Carry,
+        seeded: tuple[jax.Array, tuple[jax.Array, jax.Array]],
+        data: Images,
+        epoch: jax.Array,
+        index: jax.Array,
+        sizes: tuple[int, int],
+    ) -> tuple[Carry, dict[str, jax.Array]]:
+        key, (retain_order, forget_orders) = seeded
+        retain_key, forget_key, rule_key = jax.random.split(stream_key(key, Stream.UNLEARN, epoch, index), 3)
+        size = protocol.batch_size
+        retain_chosen = jax.lax.dynamic_slice(retain_order, (index * size,), sizes[:1])
+        place = (index // forget_batches, index % forget_batches * size)
+        forget_chosen = jax.lax.dynamic_slice(forget_orders, place, (1, sizes[1]))[0]
+        retain = shard_batch(augmented_batch(data, retain_chosen, retain_key, protocol))
+        forget = shard_batch(augmented_batch(data, forget_chosen, forget_key, protocol))
+        state = RuleState(carry.batch_stats, carry.opt_state, rule_key, carry.extra, epoch * steps + index, epoch)
+        params, state, metrics = rule.step(carry.params, state, retain, forget)
+        return Carry(params, state.batch_stats, state.opt_state, state.extra), metrics
+
+    return step
+
+
+def check_rule(method: Method, rule: UnlearningRule, context: Context) -> None:
+    """Traces a rule on abstract batches. Raises UserError, in one line, where it does not keep the contract."""
+    try:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params, batch_stats = jax.eval_shape(context.initialise, key)
+        state = jax.eval_shape(rule.init, params, batch_stats, key)
+        batch = Batch(jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32))
+        if not isinstance(state, RuleState):
+            raise TypeError(f"init returned {type(state).__name__}, it must return a RuleState")
+        result = jax.eval_shape(rule.step, params, state, batch, batch)
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise TypeError("step must return (params, state, metrics)")
+        for name, before, after in (("params", params, result[0]), ("state", state, result[1])):
+            if jax.tree.structure(before) != jax.tree.structure(after):
+                raise TypeError(f"step changed the structure of {name}")
+            for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+                if (old.shape, old.dtype) != (new.shape, new.dtype):
+                    raise TypeError(
+                        f"step changed {name} from {old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}"
+                    )
+        metrics = result[2]
+        if not isinstance(metrics, dict) or "loss" not in metrics:
+            raise TypeError("step's metrics must be a dict with at least 'loss'")
+        if wrong := [name for name, value in metrics.items() if value.shape != ()]:
+            raise TypeError(f"step's metric '{wrong[0]}' is not a scalar")
+    except Exception as error:
+        # JAX's messages run over many lines; the first says what is wrong.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"method '{method.name}' does not keep the rule contract: {reason}") from error

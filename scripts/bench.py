@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Run a class-unlearning benchmark: pretrain (or load), unlearn with each method, evaluate, print a table.
+
+Results go to stdout and to OUT/<bench>/<method>/seed<k>.json, progress to stderr. Exit status: 0 done, also when a
+method diverged (its row says so); 2 the input is wrong; 1 anything else.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, Protocol, get_benchmark
+from jaxunlearn.errors import UserError
+
+# The protocol's fields that have a flag of their own, and the flag's help. `--set protocol.FIELD=VALUE` sets the others.
+FLAGS = {
+    "pretrain_epochs": "epochs of pretraining",
+    "unlearn_epochs": "epochs of unlearning",
+    "batch_size": "images a batch, over all devices",
+    "train_limit": "use this many training images, equally many of each class",
+    "forget_class": "index of the class to forget",
+    "epoch_length": "steps of an unlearning epoch: of the smaller set, or of the retain set",
+    "crop_padding": "what surrounds an image before the random crop",
+    "mobilenet_stride": "stride of MobileNetV2's 24-channel stage",
+    "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A)",
+    "precision": "of the computation; parameters and statistics stay fp32",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--bench", metavar="NAME", help="the benchmark: " + ", ".join(BENCHMARKS))
+    add("--list", action="store_true", help="list benchmarks and methods, and stop")
+    add(
+        "--method",
+        nargs="+",
+        metavar="NAME|FILE.py",
+        help="methods by name, or files with your own (default: the four baselines)",
+    )
+    add(
+        "--seeds", default="42", metavar="SEEDS", help="42, 0-7 or 1,5,9; several train together (default: %(default)s)"
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="a hyperparameter (scrub.temperature=2) or a field of the protocol (protocol.pretrain_lr=0.05)",
+    )
+    protocol = parser.add_argument_group(
+        "protocol", "where a value is not the benchmark's own, records go to a folder of their own"
+    )
+    for name, text in FLAGS.items():
+        flag = "--" + name.replace("_", "-")
+        if name in CHOICES:
+            protocol.add_argument(flag, choices=CHOICES[name], type=type(CHOICES[name][0]), help=text)
+        else:
+            protocol.add_argument(flag, type=int, metavar="N", help=text)
+    protocol.add_argument("--drop-last", action="store_true", default=None, help="leave out partial last batches")
+    protocol.add_argument(
+        "--mia-augment", action="store_true", default=None, help="the attack sees augmented forget-train images"
+    )
+    protocol.add_argument(
+        "--init-weights",
+        type=Path,
+        metavar="FILE",
+        help="start from these weights (.npz of a PyTorch state_dict), no pretraining",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the images are (else $JAXUNLEARN_DATA, then the cache, then a download)",
+    )
+    where.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        default=default_cache(),
+        help="pretrained models, compiled programs, downloads (default: %(default)s)",
+    )
+    where.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs"), help="result records (default: %(default)s)"
+    )
+    where.add_argument(
+        "--devices", type=int, metavar="N", help="how many devices; on a CPU, makes that many host devices"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--force", action="store_true", help="overwrite records")
+    output.add_argument("--json", action="store_true", help="print one JSON line a result and nothing else")
+    output.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def default_cache() -> Path:
+    """`jaxunlearn` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxunlearn"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of "42", "0-7" or "1,5,9", in order. Raises UserError for anything else."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) != len(seeds) or max(seeds) >= 2**32:
+        raise UserError(f"--seeds {text}: write 42, 0-7 or 1,5,9, each seed once, from 0 to {2**32 - 1}")
+    return seeds
+
+
+def parse_settings(pairs: list[str]) -> dict[str, dict[str, str]]:
+    """`["scrub.temperature=2"]` as `{"scrub": {"temperature": "2"}}`. Raises UserError for what is no such pair."""
+    settings: dict[str, dict[str, str]] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        owner, _, key = name.rpartition(".")
+        if not (owner and key and value):
+            raise UserError(f"--set {pair}: write NAME.KEY=VALUE, such as scrub.temperature=2")
+        settings.setdefault(owner, {})[key] = value
+    return settings
+
+
+def make_protocol(args: argparse.Namespace, settings: dict[str, str]) -> Protocol:
+    """The benchmark's protocol with what the user changed."""
+    from jaxunlearn.methods import parse_value
+
+    own = get_benchmark(args.bench)
+    fields = dataclasses.asdict(own)
+    changes = {name: value for name in fields if (value := getattr(args, name, None)) is not None}
+    for key, text in settings.items():
+        if key not in fields or key in FLAGS or key == "init_weights":
+            known = ", ".join(name for name in fields if name not in FLAGS and name != "init_weights")
+            raise UserError(f"--set protocol.{key}: no such field without a flag of its own (there are {known})")
+        changes[key] = parse_value(f"protocol.{key}", text, fields[key])
+    if args.init_weights:
+        try:
+            with args.init_weights.open("rb") as file:
+                changes["init_weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"--init-weights {args.init_weights}: {error.strerror}") from None
+    return dataclasses.replace(own, **changes)
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the arguments ask for. Raises UserError."""
+    from jaxunlearn import methods
+
+    if args.list:
+        print("benchmarks:", *(f"  {name}" for name in BENCHMARKS), sep="\n")
+        print("methods:", *(f"  {name}" for name in methods.names()), f"  {methods.RETRAIN} (reference)", sep="\n")
+        return 0
+    if not args.bench:
+        raise UserError("name a benchmark with --bench (--list shows all)")
+    settings = parse_settings(args.set)
+    protocol = make_protocol(args, settings.pop("protocol", {}))
+    seeds = parse_seeds(args.seeds)
+    chosen = []
+    for name in args.method or methods.BASELINES:
+        title = Path(name).stem if name.endswith(".py") else name
+        chosen.append(methods.get_method(name, settings.pop(title, {})))
+    if settings:
+        owner = next(iter(settings))
+        raise UserError(f"--set {owner}.{next(iter(settings[owner]))}: '{owner}' is not among the methods of this run")
+    if len({method.name for method in chosen}) != len(chosen):
+        raise UserError("--method: each method once, and no two files of the same name")
+
+    import jax
+
+    from jaxunlearn.progress import Reporter
+    from jaxunlearn.runs import Request, Run
+    from jaxunlearn.sharding import request_devices
+    from jaxunlearn.tables import print_results
+
+    request_devices(args.devices)
+    jax.config.update("jax_compilation_cache_dir", str(args.cache_dir.absolute() / "xla"))
+    request = Request(
+        bench=args.bench,
+        protocol=protocol,
+        methods=chosen,
+        seeds=seeds,
+        out=args.out,
+        cache_dir=args.cache_dir,
+        data_dir=args.data_dir,
+        init_weights=args.init_weights,
+        devices=args.devices,
+        force=args.force,
+    )
+    prepared = Run(request, Reporter(args.quiet))
+    results = []
+    for record, kept in prepared.results():
+        results.append(record)
+        if kept:
+            print(f"warning: {kept}", file=sys.stderr)
+        if args.json:
+            print(json.dumps(record), flush=True)
+    if not args.json:
+        members, non_members = prepared.evaluator.counts
+        defaults = {method.name: method.defaults for method in chosen}
+        print_results(results, defaults=defaults, members=members, non_members=non_members)
+    return 0
+
+
+def main() -> int:
+    """The exit status of the command line."""
+    try:
+        return run(make_parser().parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last epoch of pretraining", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
