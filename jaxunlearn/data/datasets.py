@@ -209,7 +209,7 @@ def _read_layout(place: Path, layout: Layout, spec: Source) -> tuple[ImageSet, I
 
 
 def _load_digits() -> tuple[ImageSet, ImageSet, str]:
-    """Scikit-learn's digits: 0-16 scaled to 0-255. Test: images 0, 5, 10, ... of each class, in scikit-learn's order."""
+    """Scikit-learn's digits, 0-16 scaled to 0-255. Test: images 0, 5, 10, ... of each class in its order."""
     from sklearn.datasets import load_digits  # a second to import
 
     digits = load_digits()

@@ -9,6 +9,7 @@ import io
 import pickle
 import struct
 import tarfile
+import textwrap
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -39,7 +40,7 @@ class Blob(NamedTuple):
 Parser = Callable[[Sequence[Blob], tuple[int, int, int]], tuple[np.ndarray, np.ndarray]]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------------------------
 
 
 def read_folder(folder: Path, names: Sequence[str]) -> dict[str, Blob]:
@@ -91,11 +92,11 @@ def read_archive(archive: Path, names: Sequence[str]) -> dict[str, Blob]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's kind and the first line of its message."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    """An exception's kind and its message, shortened."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 150)}".removesuffix(": ")
 
 
-# ---- formats: (blobs, (H, W, C)) -> images u8[N, H, W, C], labels[N] ---------------------------------------------------
+# ---- formats: (blobs, (H, W, C)) -> images u8[N, H, W, C], labels[N] ----------------------------------------------
 
 
 def parse_cifar_pickle(blobs: Sequence[Blob], shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +175,7 @@ def checked(images: np.ndarray, labels: np.ndarray, num_classes: int, where: str
     return ImageSet(np.ascontiguousarray(images), labels.astype(np.int32))
 
 
-# ---- pickles -----------------------------------------------------------------------------------------------------------
+# ---- pickles ------------------------------------------------------------------------------------------------------
 
 
 class _Dtype:

@@ -74,11 +74,15 @@ def prepare(name: str, tfds_dir: Path, advice: str) -> Path:
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(f'downloading {name} needs TensorFlow: pip install "jaxunlearn[tfds]", {advice}')
     try:
+        import requests
         import tensorflow_datasets as tfds
 
         # It announces itself on stdout, which is for results.
         with contextlib.redirect_stdout(sys.stderr):
-            tfds.builder(name, data_dir=tfds_dir, file_format="array_record").download_and_prepare()
+            builder = tfds.builder(name, data_dir=tfds_dir, file_format="array_record")
+            # Its own downloader retries for minutes before it says that there is no network.
+            requests.head(next(iter(builder.url_infos)), timeout=30)
+            builder.download_and_prepare()
     except Exception as error:  # network, disk, checksum, TensorFlow itself: each has its own kinds
         if not find_prepared(tfds_dir, name):  # else another process was faster
             raise UserError(f"downloading {name} failed ({one_line(error)}): try again, {advice}") from error

@@ -1,0 +1,228 @@
+"""tensorflow-datasets for real: small data sets are prepared in its own format and read back."""
+
+import importlib.util
+import io
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxunlearn.data import datasets, tfds_source
+from jaxunlearn.data.readers import ImageSet
+from jaxunlearn.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*where the official set has:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_other_data(monkeypatch):
+    monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
+
+
+def small(shape: tuple[int, int, int], count: int = 40, classes: int = 10) -> dict[str, ImageSet]:
+    rng = np.random.default_rng(0)
+    return {
+        split: ImageSet(rng.integers(0, 256, (n, *shape), np.uint8), rng.integers(0, classes, n, np.int32))
+        for split, n in (("train", count), ("test", count // 2))
+    }
+
+
+def png(image: np.ndarray) -> bytes:
+    """tensorflow-datasets encodes arrays with TensorFlow but takes encoded images as they are."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Writes like the library's own builders: same features, same shuffle by index."""
+
+    VERSION = tfds.core.Version("3.0.2")
+    shape = (32, 32, 3)
+    classes = 10
+    has_id = True
+    sets: dict[str, ImageSet]
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=self.shape),
+            "label": tfds.features.ClassLabel(num_classes=self.classes),
+        }
+        if self.has_id:
+            features["id"] = tfds.features.Text()
+        if self.classes == 100:
+            features["coarse_label"] = tfds.features.ClassLabel(num_classes=20)
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.sets}
+
+    def _generate_examples(self, split):
+        for index, (image, label) in enumerate(zip(*self.sets[split], strict=True)):
+            example = {"image": png(image), "label": int(label)}
+            if self.has_id:
+                example["id"] = f"{split}_{index:05d}"
+            if self.classes == 100:
+                example["coarse_label"] = 0
+            yield index, example
+
+
+class Cifar10(Small, skip_registration=True):
+    sets = small((32, 32, 3))
+
+
+class Cifar100(Small, skip_registration=True):
+    classes = 100
+    sets = small((32, 32, 3), classes=100)
+
+
+class FashionMnist(Small, skip_registration=True):
+    shape = (28, 28, 1)
+    has_id = False
+    sets = small((28, 28, 1))
+
+
+def prepare(builder: type[Small], place) -> None:
+    builder(data_dir=place, file_format="array_record").download_and_prepare()
+
+
+@pytest.mark.parametrize("builder", [Cifar10, Cifar100])
+def test_prepared_cifar_is_read_in_the_official_order(builder, tmp_path):
+    prepare(builder, tmp_path)
+    name = builder.name
+    found = datasets.load(name, tmp_path, tmp_path / "no-cache")
+    assert found.source == str(tmp_path / name / "3.0.2")
+    for split, part in (("train", found.train), ("test", found.test)):
+        np.testing.assert_array_equal(part.images, builder.sets[split].images)
+        np.testing.assert_array_equal(part.labels, builder.sets[split].labels)
+        assert part.labels.dtype == np.int32 and part.images.flags.c_contiguous
+
+
+def test_prepared_fashion_mnist_is_read_in_its_shuffled_order(tmp_path):
+    prepare(FashionMnist, tmp_path / "tfds")
+    found = datasets.load("fashion_mnist", None, tmp_path)  # the cache
+    images, labels = FashionMnist.sets["train"]
+    order = [next(i for i, image in enumerate(images) if (image == one).all()) for one in found.train.images]
+    assert sorted(order) == list(range(len(images)))
+    np.testing.assert_array_equal(found.train.labels, labels[order])
+    assert datasets.load("fashion_mnist", None, tmp_path).digest == found.digest
+
+
+def test_the_newest_finished_version_is_read(tmp_path):
+    for version in ("3.0.2", "3.0.10", "incomplete.ABC_3.1.0"):
+        (tmp_path / "cifar10" / version).mkdir(parents=True)
+        (tmp_path / "cifar10" / version / "dataset_info.json").touch()
+    (tmp_path / "cifar10" / "4.0.0").mkdir()  # nothing in it
+    assert tfds_source.find_prepared(tmp_path, "cifar10") == tmp_path / "cifar10" / "3.0.10"
+    assert tfds_source.find_prepared(tmp_path, "cifar100") is None
+
+
+def refused(name, data_dir, cache_dir) -> str:
+    with pytest.raises(UserError) as caught:
+        datasets.load(name, data_dir, cache_dir)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def cut(folder):
+    record = next(folder.glob("*train.array_record*"))
+    record.write_bytes(record.read_bytes()[:1000])
+
+
+def drop_records(folder):
+    next(folder.glob("*test.array_record*")).unlink()
+
+
+def spoil_info(folder):
+    (folder / "dataset_info.json").write_text("{")
+
+
+def say_tfrecord(folder):
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+
+
+@pytest.mark.parametrize("damage", [cut, drop_records, spoil_info, say_tfrecord])
+def test_broken_prepared_folders(damage, tmp_path):
+    prepare(Cifar10, tmp_path)
+    folder = tmp_path / "cifar10" / "3.0.2"
+    damage(folder)
+    message = refused("cifar10", tmp_path, tmp_path)
+    assert str(folder) in message and ("array_record" in message) == (damage is say_tfrecord)
+
+
+def test_prepared_images_of_another_shape_or_class(tmp_path):
+    class Wide(Small, skip_registration=True):
+        name = "cifar10"
+        shape = (32, 40, 3)
+        sets = small((32, 40, 3), count=4)
+
+    class Many(Small, skip_registration=True):
+        name = "cifar10"
+        classes = 100
+        sets = {split: ImageSet(images, labels + 50) for split, (images, labels) in small((32, 32, 3), 4).items()}
+
+    prepare(Wide, tmp_path / "wide")
+    assert "not (32, 32, 3)" in refused("cifar10", tmp_path / "wide", tmp_path)
+    prepare(Many, tmp_path / "many")
+    assert "outside 0 to 9" in refused("cifar10", tmp_path / "many", tmp_path)
+
+
+def test_without_tensorflow_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setenv("JAXUNLEARN_DATA", str(tmp_path / "elsewhere"))
+    message = refused("cifar10", None, tmp_path)
+    for part in (
+        'pip install "jaxunlearn[tfds]"',
+        "cifar-10-python.tar.gz",
+        str(tmp_path / "data"),
+        str(tmp_path / "elsewhere"),
+        str(tmp_path / "tfds"),
+    ):
+        assert part in message
+
+
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
+    # The library itself, with a proxy that is not there: every request fails at once.
+    monkeypatch.setattr(tfds_source.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    message = refused("cifar10", None, tmp_path)
+    assert message.startswith("downloading cifar10 failed (") and str(tmp_path / "data") in message
+    assert not (tmp_path / "tfds" / "cifar10" / "3.0.2").exists()
+
+
+def test_preparing_lands_in_the_cache_and_leaves_stdout_alone(tmp_path, monkeypatch, capfd):
+    # Everything but the download and TensorFlow's PNG encoder is real.
+    monkeypatch.setattr(tfds_source.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr("requests.head", lambda url, timeout: None)
+    monkeypatch.setattr(Cifar10, "url_infos", {"http://unused": None}, raising=False)
+    monkeypatch.setattr(tfds, "builder", lambda name, **options: Cifar10(**options))
+    found = datasets.load("cifar10", None, tmp_path)
+    assert found.source == str(tmp_path / "tfds" / "cifar10" / "3.0.2")
+    np.testing.assert_array_equal(found.train.images, Cifar10.sets["train"].images)
+    out, err = capfd.readouterr()
+    assert not out and "Generating" in err
+    monkeypatch.setattr(tfds, "builder", None)  # the second time nothing is prepared
+    assert datasets.load("cifar10", None, tmp_path).digest == found.digest
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs the extra tfds: TensorFlow")
+@pytest.mark.filterwarnings("default")  # TensorFlow's
+def test_the_real_builder_prepares_with_tensorflow(tmp_path, monkeypatch):
+    folder = tmp_path / "download" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    (folder / "batches.meta.txt").write_text("\n".join(f"class {k}" for k in range(10)))
+    for file in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
+        rows = np.random.default_rng(len(list(folder.iterdir()))).integers(0, 256, (4, 3073), np.uint8)
+        rows[:, 0] %= 10
+        (folder / f"{file}.bin").write_bytes(rows.tobytes())
+    monkeypatch.setattr("requests.head", lambda url, timeout: None)
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda self, url: folder.parent)
+    prepared = datasets.load("cifar10", None, tmp_path / "cache")
+    assert prepared.source == str(tmp_path / "cache" / "tfds" / "cifar10" / "3.0.2")
+    assert prepared.digest == datasets.load("cifar10", folder.parent, tmp_path).digest
