@@ -61,14 +61,23 @@ def load(entry: Entry, abstract: Any) -> Saved | None:
     for path in sorted(entry.folder.glob("epoch[0-9][0-9][0-9][0-9]"), reverse=True):
         try:
             empty = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
-            seconds = ocp.metadata(path).custom_metadata["seconds"]
-            return Saved(ocp.load(path, empty), int(path.name.removeprefix("epoch")), float(seconds))
+            metadata = ocp.metadata(path)
+            if _shapes(metadata.metadata) != _shapes(abstract):  # Orbax itself would cut or pad the arrays to fit
+                raise ValueError("it is of another model")
+            seconds = float(metadata.custom_metadata["seconds"])
+            return Saved(ocp.load(path, empty), int(path.name.removeprefix("epoch")), seconds)
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
             aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
             path.rename(aside)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"checkpoint {path} cannot be read ({reason}): moved to {aside.name}", stacklevel=2)
     return None
+
+
+def _shapes(tree: Any) -> set[tuple[Any, ...]]:
+    """Every leaf's place, shape and dtype; a named tuple's field counts as a dict's key, as in Orbax's metadata."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {(jax.tree_util.keystr(path, simple=True, separator="/"), *x.shape, str(x.dtype)) for path, x in leaves}
 
 
 def save(entry: Entry, saved: Saved) -> None:

@@ -12,15 +12,26 @@ class Stream(enum.IntEnum):
     """What randomness is for. Values are part of what a pretrained model is: never renumber them."""
 
     INIT = 0  # initial weights
-    PRETRAIN = 1  # order, augmentation and dropout of pretraining
-    UNLEARN = 2  # the same of unlearning: all rules of a seed see the same batches
-    RULE = 3  # what a rule draws before its first step
-    ATTACK = 4  # augmentation of the forget images, where the attack sees them augmented
+    PRETRAIN = 1  # augmentation and dropout of pretraining
+    PRETRAIN_ORDER = 2
+    UNLEARN = 3  # augmentation and dropout of unlearning, what a rule draws in a step
+    UNLEARN_ORDER = 4  # with the augmentation, the same for all rules of a seed: they see the same batches
+    RULE = 5  # what a rule draws before its first step
+    ATTACK = 6  # augmentation of the forget images, where the attack sees them augmented
 
 
 def stream_key(key: jax.Array, stream: Stream, *path: int | jax.Array) -> jax.Array:
     """The key of a stream at `path`, such as (epoch, step), under a seed's key."""
     return functools.reduce(jax.random.fold_in, path, jax.random.fold_in(key, stream))
+
+
+def step_keys(key: jax.Array, stream: Stream, epoch: jax.Array, steps: int, uses: int) -> jax.Array:
+    """The keys of every step of an epoch, one for each of its `uses`: [steps, uses].
+
+    Made once an epoch: every derivation inside the step itself would add a fifth of a second to its compilation.
+    """
+    own = stream_key(key, stream, epoch)
+    return jax.vmap(lambda step: jax.random.split(jax.random.fold_in(own, step), uses))(jnp.arange(steps))
 
 
 def seed_keys(seeds: Sequence[int]) -> jax.Array:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxunlearn import records
@@ -196,7 +197,7 @@ def limited(images: ImageSet, num_classes: int, limit: int | None) -> ImageSet:
 
 def on_device(images: ImageSet, mesh: jax.sharding.Mesh) -> Images:
     """The images on every device of the mesh, enlarged to 32 x 32 where they are smaller."""
-    pixels, labels = place_shared((images.images, images.labels.astype(np.int32)), mesh)
+    pixels, labels = place_shared((jnp.asarray(images.images), jnp.asarray(images.labels, jnp.int32)), mesh)
     return Images(jax.jit(resize)(pixels), labels)
 
 

@@ -16,7 +16,7 @@ from jaxunlearn.data.batches import Images, augmented_batch, epoch_order
 from jaxunlearn.loop import EpochLoop, Timing, batch_sizes, chunks
 from jaxunlearn.methods.rule import cross_entropy
 from jaxunlearn.models.network import Network
-from jaxunlearn.randomness import Stream, stream_key
+from jaxunlearn.randomness import Stream, step_keys, stream_key
 from jaxunlearn.sharding import over_seeds, place_seeds, place_shared, shard_batch
 
 
@@ -69,13 +69,14 @@ class Pretraining:
             params, batch_stats = network.initialise(stream_key(key, Stream.INIT))
             return TrainState(params, batch_stats, optimizer.init(params))
 
-        def order(key: jax.Array, shared: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def draw(key: jax.Array, shared: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             indices, epoch = shared
-            return epoch_order(stream_key(key, Stream.PRETRAIN, epoch), indices)[0]
+            keys = step_keys(key, Stream.PRETRAIN, epoch, self.steps_per_epoch, uses=2)
+            return keys, epoch_order(stream_key(key, Stream.PRETRAIN_ORDER, epoch), indices)[0]
 
         self._start_one = start
         self._start = jax.jit(over_seeds(start, mesh))
-        self._order = jax.jit(over_seeds(order, mesh))
+        self._draw = jax.jit(over_seeds(draw, mesh))
 
     def start(self, keys: jax.Array) -> TrainState:
         """Fresh states for keys[S], the seed axis in front."""
@@ -100,8 +101,8 @@ class Pretraining:
     ) -> tuple[TrainState, dict[str, np.ndarray]]:
         """One epoch of all seeds; `state` is donated. Returns (state, metrics f32[S, steps]: loss, accuracy)."""
         keys = place_seeds(keys, self.mesh)
-        orders = self._order(keys, (self._indices, place_shared(np.int32(epoch), self.mesh)))
-        return self._loop.run(state, (keys, orders), self._data, epoch, self._plan, report)
+        drawn = self._draw(keys, (self._indices, place_shared(np.int32(epoch), self.mesh)))
+        return self._loop.run(state, drawn, self._data, epoch, self._plan, report)
 
 
 def _train_step(network: Network, optimizer: optax.GradientTransformation, protocol: Protocol) -> Callable[..., Any]:
@@ -113,8 +114,8 @@ def _train_step(network: Network, optimizer: optax.GradientTransformation, proto
         index: jax.Array,
         sizes: tuple[int],
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        key, order = seeded
-        augment_key, dropout_key = jax.random.split(stream_key(key, Stream.PRETRAIN, epoch, index))
+        keys, order = seeded
+        augment_key, dropout_key = keys[index]
         chosen = jax.lax.dynamic_slice(order, (index * protocol.batch_size,), sizes)
         batch = shard_batch(augmented_batch(data, chosen, augment_key, protocol))
 

@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, Protocol, get_benchmark
 from jaxunlearn.errors import UserError
 
-# The protocol's fields that have a flag of their own, and the flag's help. `--set protocol.FIELD=VALUE` sets the others.
+# The protocol's fields that have a flag of their own, and its help. `--set protocol.FIELD=VALUE` sets the others.
 FLAGS = {
     "pretrain_epochs": "epochs of pretraining",
     "unlearn_epochs": "epochs of unlearning",
@@ -183,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--method: each method once, and no two files of the same name")
 
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs import Request, Run
@@ -190,7 +193,6 @@ def run(args: argparse.Namespace) -> int:
     from jaxunlearn.tables import print_results
 
     request_devices(args.devices)
-    jax.config.update("jax_compilation_cache_dir", str(args.cache_dir.absolute() / "xla"))
     request = Request(
         bench=args.bench,
         protocol=protocol,
@@ -204,6 +206,10 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
     )
     prepared = Run(request, Reporter(args.quiet))
+    # Only now: what is wrong with the input has been said, and until then nothing may be left behind.
+    jax.config.update("jax_compilation_cache_dir", str(args.cache_dir.absolute() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()
     results = []
     for record, kept in prepared.results():
         results.append(record)
@@ -218,10 +224,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of the command line."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        return run(make_parser().parse_args())
+        return run(make_parser().parse_args(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

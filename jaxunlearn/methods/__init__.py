@@ -5,6 +5,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,8 @@ def build_rule(method: Method, context: Any) -> UnlearningRule:
     try:
         rule = method.factory(context, **method.hyperparameters)
     except Exception as error:
-        raise UserError(f"method '{method.name}': its rule() failed: {type(error).__name__}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"method '{method.name}': its rule() failed: {reason}") from error
     if not isinstance(rule, UnlearningRule):
         kind = type(rule).__name__
         raise UserError(f"method '{method.name}': rule(context) returned {kind}, it must return an UnlearningRule")
@@ -70,7 +72,11 @@ def parse_value(name: str, text: str, default: Any) -> Any:
     try:
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if isinstance(default, int | float | str):
+        if isinstance(default, float):
+            if not math.isfinite(value := float(text)):
+                raise ValueError
+            return value
+        if isinstance(default, int | str):
             return type(default)(text)
         value = ast.literal_eval(text)
         if isinstance(default, tuple):

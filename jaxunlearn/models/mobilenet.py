@@ -50,8 +50,9 @@ class MobileNetV2(nn.Module):
             y = self._conv_bn(f"{name}.0.0", f"{name}.0.1", y, width, train, size=1)
             number = 1
         y = self._conv_bn(f"{name}.{number}.0", f"{name}.{number}.1", y, width, train, stride=stride, groups=width)
-        y = self._conv_bn(f"{name}.{number + 1}", f"{name}.{number + 2}", y, channels, train, size=1, relu=False)
-        return x + y if stride == 1 and x.shape[-1] == channels else y
+        residual = x if stride == 1 and x.shape[-1] == channels else None
+        y = Conv(channels, 1, dtype=self.dtype, name=f"{name}.{number + 1}")(y)
+        return BatchNorm(self.dtype, name=f"{name}.{number + 2}")(y, train, residual=residual)
 
     def _conv_bn(
         self,
@@ -64,7 +65,6 @@ class MobileNetV2(nn.Module):
         size: int = 3,
         stride: int = 1,
         groups: int = 1,
-        relu: bool = True,
     ) -> Array:
         x = Conv(features, size, stride, groups, self.dtype, name=conv)(x)
-        return BatchNorm(self.dtype, name=norm)(x, train, relu)
+        return BatchNorm(self.dtype, name=norm)(x, train, relu=True)

@@ -1,6 +1,7 @@
 """A model as pure functions: what steps and rules call."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,12 @@ import jax.numpy as jnp
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.models import build
+from jaxunlearn.models.initialisation import initial_variables
 
 PyTree = Any
+
+# Of the computation. "fp64" is for comparisons (with x64 enabled), not for the command line.
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp64": jnp.float64}
 
 
 class Network(NamedTuple):
@@ -27,11 +32,12 @@ def make_network(protocol: Protocol, num_classes: int) -> Network:
         num_classes,
         resnet_shortcut=protocol.resnet_shortcut,
         mobilenet_stride=protocol.mobilenet_stride,
-        dtype=jnp.bfloat16 if protocol.precision == "bf16" else jnp.float32,
+        dtype=DTYPES[protocol.precision],
     )
 
     def initialise(key: jax.Array) -> tuple[PyTree, PyTree]:
-        variables = model.init(key, jnp.zeros((1, 32, 32, 3)), train=False)
+        shapes = jax.eval_shape(partial(model.init, train=False), key, jnp.zeros((1, 32, 32, 3)))
+        variables = initial_variables(shapes, key)
         return variables["params"], variables["batch_stats"]
 
     def apply_train(params: PyTree, batch_stats: PyTree, images: jax.Array, key: jax.Array) -> tuple[jax.Array, PyTree]:
@@ -40,6 +46,7 @@ def make_network(protocol: Protocol, num_classes: int) -> Network:
         return logits, updates["batch_stats"]
 
     def apply_eval(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
-        return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+        logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+        return logits
 
     return Network(initialise, apply_train, apply_eval)

@@ -35,11 +35,10 @@ class ResNet20(nn.Module):
         y = Conv(channels, stride=stride, dtype=self.dtype, name=f"{name}.conv1")(x)
         y = BatchNorm(dtype=self.dtype, name=f"{name}.bn1")(y, train, relu=True)
         y = Conv(channels, dtype=self.dtype, name=f"{name}.conv2")(y)
-        y = BatchNorm(dtype=self.dtype, name=f"{name}.bn2")(y, train)
-        if x.shape == y.shape:
-            return nn.relu(y + x)
-        if self.shortcut == "A":
+        if x.shape != y.shape and self.shortcut == "A":
             pad = (channels - x.shape[-1]) // 2
-            return nn.relu(y + jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (pad, pad))))
-        x = Conv(channels, kernel_size=1, stride=stride, dtype=self.dtype, name=f"{name}.shortcut.0")(x)
-        return nn.relu(y + BatchNorm(dtype=self.dtype, name=f"{name}.shortcut.1")(x, train))
+            x = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (pad, pad)))
+        elif x.shape != y.shape:
+            x = Conv(channels, kernel_size=1, stride=stride, dtype=self.dtype, name=f"{name}.shortcut.0")(x)
+            x = BatchNorm(dtype=self.dtype, name=f"{name}.shortcut.1")(x, train)
+        return BatchNorm(dtype=self.dtype, name=f"{name}.bn2")(y, train, relu=True, residual=x)

@@ -1,0 +1,46 @@
+"""How a layer behaves under `vmap` over seeds: the seed axis unrolled on CPU, plain `vmap` elsewhere."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+from jax.experimental.xla_metadata import set_xla_metadata
+
+
+def on_cpu() -> bool:
+    """Whether programs traced now are compiled for the CPU: decides between forms that are fast there and lax's own."""
+    return jax.default_backend() == "cpu"
+
+
+def outlined(function: Callable[..., Any], *arrays: Array) -> Any:
+    """`function(*arrays)` as a call that XLA's CPU compiler does not inline, so that nothing outside fuses with it."""
+    if not on_cpu():
+        return function(*arrays)
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(function)(*arrays)
+
+
+def seedwise(function: Callable[..., Any], *arrays: Array) -> Any:
+    """`function(*arrays)`; under `vmap` on CPU, one call of `function` for each index of the mapped axis.
+
+    With per-seed weights `vmap` makes a convolution a grouped one, which the CPU runs five times slower. Unrolled layer
+    by layer, the stack at the end of one layer and the index at the start of the next cancel in XLA: the program is that
+    of each seed alone. Not differentiable by itself: call it inside the rules of a `custom_vjp`.
+    """
+    if not on_cpu():
+        return function(*arrays)
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def _(axis_size: int, batched: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
+        each = [
+            seedwise(function, *(array[i] if b else array for array, b in zip(arrays, batched, strict=True)))
+            for i in range(axis_size)
+        ]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        return stacked, jax.tree.map(lambda _: True, stacked)
+
+    return mapped(*arrays)

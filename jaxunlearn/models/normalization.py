@@ -1,0 +1,86 @@
+"""Batch normalisation with PyTorch's semantics and a closed-form gradient; ReLU and the residual sum included."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxunlearn.models.batching import outlined, seedwise
+
+EPS = 1e-5
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def batch_norm(
+    x: Array, scale: Array, bias: Array, residual: Array | None, relu: bool
+) -> tuple[Array, Array, Array]:
+    """Normalise by the batch's mean and biased variance, then scale, shift, add `residual`, apply ReLU.
+
+    Args:
+      x: [..., channels], any float dtype; statistics are computed in the dtype of `scale`.
+      scale, bias: [channels], float32 or wider.
+      residual: like `x`, or None.
+      relu: whether to end with max(., 0).
+
+    Returns:
+      The result in the dtype of `x`, and the batch's mean and biased variance, each [channels].
+    """
+    return _batch_norm_fwd(x, scale, bias, residual, relu)[0]
+
+
+def _forward(
+    x: Array, scale: Array, bias: Array, residual: Array | None = None, *, relu: bool
+) -> tuple[Array, Array, Array]:
+    count = x.size // x.shape[-1]
+    axes = tuple(range(x.ndim - 1))
+    x32 = x.astype(scale.dtype)
+    mean = x32.sum(axes) / count
+    # Two passes: E[x^2] - E[x]^2 would cancel where |mean| is large against the deviation.
+    var = jnp.square(x32 - mean).sum(axes) / count
+    std = lax.sqrt(var + EPS)
+    shift = bias if residual is None else bias + residual.astype(scale.dtype)
+    y = (x32 - mean) * (scale / std) + shift
+    if relu:
+        y = jnp.maximum(y, jnp.zeros_like(y))
+    return y.astype(x.dtype), mean, var
+
+
+def _batch_norm_fwd(
+    x: Array, scale: Array, bias: Array, residual: Array | None, relu: bool
+) -> tuple[tuple[Array, Array, Array], Any]:
+    arrays = (x, scale, bias) if residual is None else (x, scale, bias, residual)
+    y, mean, var = seedwise(partial(outlined, partial(_forward, relu=relu)), *arrays)
+    return (y, mean, var), (x, y, scale, mean, var, residual is None)
+
+
+def _batch_norm_bwd(
+    relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array, Array | None]:
+    x, y, scale, mean, var, alone = saved
+    dx, dscale, dbias, masked = seedwise(partial(outlined, partial(_backward, relu=relu)), x, y, scale, mean, var, *cotangents)
+    return dx, dscale, dbias, None if alone else masked
+
+
+batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
+
+
+def _backward(
+    x: Array, y: Array, scale: Array, mean: Array, var: Array, g: Array, dmean: Array, dvar: Array, *, relu: bool
+) -> tuple[Array, Array, Array, Array]:
+    count = x.size // x.shape[-1]
+    axes = tuple(range(x.ndim - 1))
+    std = lax.sqrt(var + EPS)
+    centred = x.astype(scale.dtype) - mean
+    g = g.astype(scale.dtype)
+    if relu:
+        g = lax.select(y > 0, g, jnp.zeros_like(g))
+    dbias = g.sum(axes)
+    dscale = (g * centred).sum(axes) / std
+    # x reaches the output directly, through the mean and through the variance (Ioffe & Szegedy, section 3).
+    direct = scale / std
+    along = (2 * dvar - direct * dscale / std) / count
+    constant = (dmean - direct * dbias) / count
+    dx = g * direct + centred * along + constant
+    return dx.astype(x.dtype), dscale, dbias, g.astype(x.dtype)

@@ -1,0 +1,179 @@
+"""The command line, as its users meet it: what it prints, what it returns, what it leaves behind."""
+
+import dataclasses
+import gzip
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import PROTOCOL
+
+from jaxunlearn import benchmarks
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+
+BENCH, FASHION = "tiny-digits-class0", "tiny-fmnist-class0"
+TINY = dataclasses.replace(PROTOCOL, batch_size=64, pretrain_epochs=2, unlearn_epochs=2)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, capsys):
+    """Runs the command line in an empty folder: (status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "scripts" / "bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, BENCH, TINY)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, FASHION, dataclasses.replace(TINY, dataset="fashion_mnist"))
+    monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def run(*arguments):
+        status = module.main([*arguments, "--cache-dir", "cache"])
+        return status, *capsys.readouterr()
+
+    yield run
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def write_idx(folder, images, labels):
+    """FashionMNIST's four files: the same images for training and test."""
+    folder.mkdir(exist_ok=True)
+    for stem in ("train", "t10k"):
+        (folder / f"{stem}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, *images.shape) + images.tobytes())
+        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(labels)) + labels.tobytes())
+
+
+def test_a_run_prints_a_table_and_leaves_records(bench, tmp_path):
+    status, out, err = bench("--bench", BENCH, "--method", "scrub", "retain_finetune", "--seeds", "1,3", "--devices", "1")
+    assert status == 0 and err == ""  # no progress where stderr is no terminal
+    for text in ("pretrained", "scrub", "retain_finetune", "symmetric_score", "±"):
+        assert text in out
+    assert len(list((tmp_path / "runs" / BENCH).glob("*/seed[13].json"))) == 4
+    assert any((tmp_path / "cache" / "xla").iterdir())  # the compilation cache is on
+
+
+def test_json_prints_one_record_a_line_and_nothing_else(bench, tmp_path):
+    status, out, _ = bench("--bench", BENCH, "--seeds", "0-1", "--method", "retain_finetune", "--json", "--devices", "2")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [record["seed"] for record in records] == [0, 1]
+    assert json.loads((tmp_path / "runs" / BENCH / "retain_finetune" / "seed0.json").read_text()) == records[0]
+
+
+def test_a_rule_of_the_users_own_and_its_settings(bench, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from jaxunlearn.methods.rule import cross_entropy, loss_rule\n"
+        "@loss_rule\n"
+        "def rule(student, retain, forget, *, scale: float = 1.0):\n"
+        "    return scale * cross_entropy(student(retain.images), retain.labels)\n"
+    )
+    status, out, _ = bench("--bench", BENCH, "--method", "mine.py", "--set", "mine.scale=2", "--json", "--devices", "1")
+    record = json.loads(out)
+    assert status == 0 and record["method"] == "mine" and record["hyperparameters"] == {"scale": 2.0}
+
+
+def test_protocol_fields_are_set_by_flag_or_by_set(bench):
+    arguments = "--unlearn-epochs 1 --drop-last --set protocol.unlearn_lr=0.01 --set protocol.std=(1,1,1)".split()
+    status, out, _ = bench("--bench", BENCH, "--method", "retain_finetune", "--json", "--devices", "1", *arguments)
+    protocol = json.loads(out)["protocol"]
+    assert status == 0 and (protocol["unlearn_epochs"], protocol["drop_last"]) == (1, True)
+    assert protocol["unlearn_lr"] == 0.01 and protocol["std"] == [1.0, 1.0, 1.0]
+
+
+def test_list_names_benchmarks_and_methods(bench):
+    status, out, _ = bench("--list")
+    assert status == 0
+    assert {"vgg16bn-cifar100-class0", "scrub", "retrain"} <= set(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "--bench"),
+        ("--bench vgg16bn-cifar10-class0", "did you mean 'vgg16bn-cifar100-class0'"),
+        (f"--bench {BENCH} --method scrubb", "did you mean 'scrub'"),
+        (f"--bench {BENCH} --method absent.py", "no such rule file"),
+        (f"--bench {BENCH} --method broken.py", "SyntaxError"),
+        (f"--bench {BENCH} --method wrong.py", "must return an UnlearningRule"),
+        (f"--bench {BENCH} --method loose.py", "does not keep the rule contract"),
+        (f"--bench {BENCH} --method scrub scrub", "each method once"),
+        (f"--bench {BENCH} --forget-class 10", "forget class 10 does not exist"),
+        (f"--bench {BENCH} --forget-class -1", "forget class -1 does not exist"),
+        (f"--bench {BENCH} --pretrain-epochs 0", "pretrain_epochs is 0"),
+        (f"--bench {BENCH} --unlearn-epochs -3", "unlearn_epochs is -3"),
+        (f"--bench {BENCH} --batch-size many", "invalid int value"),
+        (f"--bench {BENCH} --train-limit 9", "train_limit is 9"),
+        (f"--bench {BENCH} --batch-size 1000 --drop-last", "no batch"),
+        (f"--bench {BENCH} --devices 99", "--devices 99"),
+        (f"--bench {BENCH} --devices 0", "--devices 0"),
+        (f"--bench {BENCH} --seeds 3-1", "--seeds 3-1"),
+        (f"--bench {BENCH} --seeds 1,1", "--seeds 1,1"),
+        (f"--bench {BENCH} --seeds x", "--seeds x"),
+        (f"--bench {BENCH} --set scrub.heat=2", "no hyperparameter 'heat'"),
+        (f"--bench {BENCH} --set scrub.temperature=hot", "expected a value like 4.0"),
+        (f"--bench {BENCH} --set scrub.temperature=inf", "expected a value like 4.0"),
+        (f"--bench {BENCH} --set scrub=2", "NAME.KEY=VALUE"),
+        (f"--bench {BENCH} --method scrub --set bad_teacher.reset_bn=true", "not among the methods"),
+        (f"--bench {BENCH} --set protocol.pretrain_lr=-1", "pretrain_lr is -1"),
+        (f"--bench {BENCH} --set protocol.colour=1", "protocol.colour"),
+        (f"--bench {BENCH} --out file/runs", "cannot write"),
+        (f"--bench {BENCH} --init-weights absent.npz", "absent.npz"),
+        (f"--bench {BENCH} --init-weights file", "cannot read weights file file"),
+        (f"--bench {BENCH} --no-such-flag", "--no-such-flag"),
+        (f"--bench {FASHION} --data-dir empty", "no fashion_mnist in empty"),
+        (f"--bench {FASHION} --data-dir cut", "train-images-idx3-ubyte"),
+        (f"--bench {FASHION} --data-dir labels", "labels"),
+        (f"--bench {FASHION} --data-dir gzipped", "train-images-idx3-ubyte.gz"),
+    ],
+)
+def test_bad_input_is_one_line_status_2_and_leaves_nothing(bench, tmp_path, arguments, said):
+    rules = {
+        "broken.py": "def rule(:\n",
+        "wrong.py": "def rule(context):\n    return 3\n",
+        "loose.py": "from jaxunlearn.methods.rule import loss_rule\n@loss_rule\ndef rule(student, retain, forget):\n"
+        "    return student(retain.images)\n",
+        "file": "not a folder, not weights",
+    }
+    for name, text in rules.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "empty").mkdir()
+    images, labels = np.zeros((20, 28, 28), np.uint8), np.arange(20, dtype=np.uint8)
+    write_idx(tmp_path / "cut", images, labels % 10)
+    whole = (tmp_path / "cut" / "train-images-idx3-ubyte").read_bytes()
+    (tmp_path / "cut" / "train-images-idx3-ubyte").write_bytes(whole[:-100])
+    write_idx(tmp_path / "labels", images, labels)  # up to 19
+    write_idx(tmp_path / "gzipped", images, labels % 10)
+    (tmp_path / "gzipped" / "train-images-idx3-ubyte").unlink()
+    (tmp_path / "gzipped" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-30])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    status, out, err = bench(*arguments.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+    ignored = {path for path in tmp_path.rglob("*") if "__pycache__" in path.parts}
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path not in ignored} == before
+
+
+def test_a_better_record_is_kept_with_a_warning(bench, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from jaxunlearn.methods.rule import cross_entropy, loss_rule\n"
+        "@loss_rule\n"
+        "def rule(student, retain, forget):\n"
+        "    return cross_entropy(student(retain.images), retain.labels)\n"
+    )
+    arguments = ("--bench", BENCH, "--method", "mine.py", "--devices", "1")
+    assert bench(*arguments)[0] == 0
+    record = (tmp_path / "runs" / BENCH / "mine" / "seed42.json").read_text()
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text() + "    * float('nan')\n")
+    text = (tmp_path / "mine.py").read_text().replace("labels)\n    *", "labels) *")
+    (tmp_path / "mine.py").write_text(text)
+    status, out, err = bench(*arguments)
+    assert status == 0 and "diverged" in out
+    assert err.startswith("warning: ") and "--force" in err
+    assert (tmp_path / "runs" / BENCH / "mine" / "seed42.json").read_text() == record

@@ -1,0 +1,336 @@
+"""The contract that every registered rule keeps, and what each baseline computes, by numpy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import CLASSES, PLAIN, PROTOCOL, assert_close, assert_differ, host_models, make_batch
+
+from jaxunlearn.errors import UserError
+from jaxunlearn.methods import BASELINES, RETRAIN, build_rule, get_method, names, parse_value
+from jaxunlearn.methods.rule import RuleState, Student, init_state
+from jaxunlearn.models.network import make_network
+from jaxunlearn.unlearning import make_context
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+every_rule = pytest.mark.parametrize("name", names())
+RETAIN, FORGET = make_batch(9, seed=0), make_batch(5, seed=1, labels=0)
+RETAIN_ONLY = {"retain_finetune"}  # the rules that say they do not read the forget images
+SEED_AXES = RuleState(0, 0, 0, 0, None, None)  # step and epoch are one for all seeds
+
+
+@functools.cache
+def context():
+    protocol = dataclasses.replace(PROTOCOL, model=PLAIN)  # no dropout: numpy can follow
+    return make_context(make_network(protocol, CLASSES), protocol, CLASSES, 1)
+
+
+@functools.cache
+def model(index):
+    """One of two models: (params, batch_stats)."""
+    return jax.tree.map(jnp.asarray, host_models(dataclasses.replace(PROTOCOL, model=PLAIN), index))
+
+
+@functools.cache
+def forwards():
+    """The model's functions, compiled: (apply_train, apply_eval)."""
+    return jax.jit(context().apply_train), jax.jit(context().apply_eval)
+
+
+@functools.cache
+def compiled(name, **settings):
+    """A rule as (init, jitted step)."""
+    rule = build_rule(get_method(name, settings), context())
+    return rule.init, jax.jit(rule.step)
+
+
+def started(name, teacher=0, epoch=0, **settings):
+    """The state before the first step of a rule that starts from model `teacher`."""
+    return compiled(name, **settings)[0](*model(teacher), jax.random.key(3))._replace(epoch=jnp.int32(epoch))
+
+
+def stepped(name, student=1, retain=RETAIN, forget=FORGET, **options):
+    """(params, state, metrics) of one step of model `student`, while the teacher is another model."""
+    settings = {k: v for k, v in options.items() if k not in ("teacher", "epoch")}
+    return compiled(name, **settings)[1](model(student)[0], started(name, **options), retain, forget)
+
+
+def test_the_baselines_are_registered():
+    assert set(BASELINES) <= set(names())
+    assert "rule" not in names()
+    assert get_method(RETRAIN).factory is None
+
+
+@every_rule
+def test_a_step_keeps_shapes_and_moves_finite_values(name):
+    before = started(name, epoch=1)._replace(step=jnp.int32(5))
+    params, state, metrics = compiled(name)[1](model(1)[0], before, RETAIN, FORGET)
+    for old, new in ((model(1)[0], params), (before, state)):
+        assert jax.tree.structure(old) == jax.tree.structure(new)
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(old)] == [(x.shape, x.dtype) for x in jax.tree.leaves(new)]
+    numbers = (params, state.batch_stats, state.opt_state, metrics)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(numbers))
+    assert "loss" in metrics and all(value.shape == () for value in metrics.values())
+    assert (state.step, state.epoch) == (5, 1)
+    assert_differ(params, model(1)[0])
+    assert_differ(state.batch_stats, before.batch_stats)
+
+
+@every_rule
+def test_the_teacher_never_changes(name):
+    _, state, _ = stepped(name)
+    assert_close(jax.tree.leaves(state.extra), jax.tree.leaves(started(name).extra), 0)
+
+
+@every_rule
+def test_forgetting_moves_what_the_model_says_of_the_forgotten(name):
+    (params, stats), state = model(0), started(name)
+    before = forwards()[1](params, stats, FORGET.images)
+    for _ in range(10):
+        params, state, metrics = compiled(name)[1](params, state, RETAIN, FORGET)
+    after = forwards()[1](params, state.batch_stats, FORGET.images)
+    assert np.abs(after - before).max() > 1e-3
+    assert np.isfinite(metrics["loss"])
+
+
+@every_rule
+def test_the_loss_goes_down_on_the_same_batch(name):
+    params, state, losses = model(1)[0], started(name, epoch=2), []  # scrub climbs in epochs 0 and 1
+    for _ in range(10):
+        params, state, metrics = compiled(name)[1](params, state, RETAIN, FORGET)
+        losses.append(metrics["loss"])
+    assert losses[-1] < losses[0]
+
+
+@every_rule
+def test_only_rules_that_read_the_forget_images_depend_on_them(name):
+    first, second = stepped(name), stepped(name, forget=make_batch(5, seed=2, labels=0))
+    if name in RETAIN_ONLY:
+        assert_close(first[0], second[0], 0)
+        assert_close(first[1].batch_stats, second[1].batch_stats, 0)
+    else:
+        assert_differ(first[0], second[0])
+
+
+@every_rule
+def test_seeds_in_one_vmap_are_each_seed_alone(name):
+    rule = build_rule(get_method(name), context())
+    batches = [jax.tree.map(lambda *x: jnp.stack(x), *(make_batch(7, 10 * k + s) for s in range(2))) for k in (1, 2)]
+    states = [started(name, teacher=index) for index in range(2)]
+    together = jax.tree.map(lambda *x: jnp.stack(x), *states)._replace(step=jnp.int32(0), epoch=jnp.int32(0))
+    mapped = jax.jit(jax.vmap(rule.step, (0, SEED_AXES, 0, 0), (0, SEED_AXES, 0)))
+    params, state, metrics = mapped(jax.tree.map(lambda *x: jnp.stack(x), model(0)[0], model(1)[0]), together, *batches)
+    for index in range(2):
+        one = [jax.tree.map(lambda x, i=index: x[i], tree) for tree in (*batches, params, state[:2], metrics)]
+        alone = compiled(name)[1](model(index)[0], states[index], *one[:2])
+        assert_close(tuple(one[2:]), (alone[0], alone[1][:2], alone[2]), 1e-5)
+
+
+# What the baselines compute.
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def ce(logits, batch):
+    return -log_softmax(logits)[np.arange(len(batch.labels)), np.asarray(batch.labels)].mean()
+
+
+def kl(teacher, student, temperature=1.0):
+    log_t, log_s = log_softmax(np.asarray(teacher) / temperature), log_softmax(np.asarray(student) / temperature)
+    return temperature**2 * (np.exp(log_t) * (log_t - log_s)).sum(-1).mean()
+
+
+def forward(images, stats=None, index=1):
+    """Logits of a model in train mode, and the BatchNorm statistics after it: by default the teacher's moved."""
+    return forwards()[0](model(index)[0], model(0)[1] if stats is None else stats, images, jax.random.key(0))
+
+
+def teach(images):
+    """Logits of the teacher in eval mode."""
+    return forwards()[1](*model(0), images)
+
+
+def test_retain_finetune_is_cross_entropy_on_retain():
+    _, state, metrics = stepped("retain_finetune")
+    logits, stats = forward(RETAIN.images)
+    np.testing.assert_allclose(metrics["loss"], ce(logits, RETAIN), rtol=1e-5)
+    assert_close(state.batch_stats, stats, 1e-5)
+
+
+def test_negative_gradient_climbs_on_forget_and_moves_batch_norm_twice():
+    _, state, metrics = stepped("negative_gradient")
+    retain_logits, once = forward(RETAIN.images)
+    forget_logits, twice = forward(FORGET.images, once)
+    expected = ce(retain_logits, RETAIN) - 0.5 * ce(forget_logits, FORGET)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert_close(state.batch_stats, twice, 1e-5)
+    assert_differ(forward(RETAIN.images, forward(FORGET.images)[1])[1], twice)
+
+
+@pytest.mark.parametrize("reset_bn", ["false", "true"])
+def test_bad_teacher_copies_one_teacher_on_retain_and_a_random_one_on_forget(reset_bn):
+    _, state, metrics = stepped("bad_teacher", reset_bn=reset_bn)
+    random_params, fresh_stats = context().initialise(jax.random.key(3))
+    stats = fresh_stats if reset_bn == "true" else model(0)[1]
+    assert_close(tuple(state.extra[0]), model(0), 0)
+    assert_close(tuple(state.extra[1]), (random_params, stats), 1e-6)
+    assert_differ(random_params, model(0)[0])
+    targets = [teach(RETAIN.images), forwards()[1](random_params, stats, FORGET.images)]
+    logits, moved = forward(jnp.concatenate([RETAIN.images, FORGET.images]))  # one forward, so one BatchNorm batch
+    np.testing.assert_allclose(metrics["loss"], kl(np.concatenate(targets), logits), rtol=1e-4)
+    assert_close(state.batch_stats, moved, 1e-5)
+
+
+def test_scrub_stays_near_the_teacher_on_retain():
+    _, state, metrics = stepped("scrub", epoch=2, temperature="2", gamma="0.5", alpha="1")
+    logits, stats = forward(RETAIN.images)
+    expected = 0.5 * ce(logits, RETAIN) + kl(teach(RETAIN.images), logits, 2)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+    assert_close(state.batch_stats, stats, 1e-5)
+
+
+@pytest.mark.parametrize(("epoch", "updates"), [(0, 2), (1, 2), (2, 1), (19, 1)])
+def test_scrub_makes_a_second_update_in_its_first_two_epochs(epoch, updates):
+    params, state, _ = stepped("scrub", epoch=epoch)
+    assert optax.tree_utils.tree_get(state.opt_state, "count") == updates
+    others, *_ = stepped("scrub", epoch=epoch, forget=make_batch(5, seed=2))
+    assert_differ(params, others) if updates == 2 else assert_close(params, others, 0)
+
+
+def test_scrub_leaves_the_teacher_on_forget():
+    """Its first epochs, with the updates of later ones and another before each, take it further away."""
+    distances = []
+    for epoch in (0, 2):
+        params, state = model(0)[0], started("scrub", epoch=epoch)
+        for _ in range(3):
+            params, state, _ = compiled("scrub")[1](params, state, RETAIN, FORGET)
+        logits, _ = forwards()[0](params, model(0)[1], FORGET.images, jax.random.key(0))
+        distances.append(kl(teach(FORGET.images), logits, 4.0))
+    assert distances[0] > distances[1]
+
+
+def test_a_student_draws_new_dropout_with_every_forward():
+    tiny = make_context(make_network(PROTOCOL, CLASSES), PROTOCOL, CLASSES, 1)
+    student = Student(tiny, model(0)[0], init_state(tiny, *model(0), jax.random.key(0)))
+    first, second = student(RETAIN.images), student(RETAIN.images)
+    assert (first != second).any()
+
+
+# Names, hyperparameters, users' files.
+
+
+def refused(message):
+    return pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$")
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [("2", 4.0, 2.0), ("1e-3", 0.1, 0.001), ("3", 2, 3), ("-1", 2, -1), ("true", False, True), ("True", False, True),
+     ("0", True, False), ("FALSE", True, False), ("abc", "x", "abc"), ("(3, 4)", (1, 2), (3, 4)),
+     ("1, 2, 3", (0.5,), (1.0, 2.0, 3.0)), ("[1]", (), (1,)), ("None", None, None), ("5", None, 5)],
+)  # fmt: skip
+def test_a_setting_takes_the_type_of_its_default(text, default, value):
+    parsed = parse_value("m.k", text, default)
+    assert parsed == value and type(parsed) is type(value)
+    if isinstance(value, tuple):
+        assert list(map(type, parsed)) == list(map(type, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "default"),
+    [("two", 4.0), ("", 4.0), ("nan", 4.0), ("inf", 4.0), ("2.5", 2), ("2", True), ("yes", False), ("5", (1, 2)),
+     ("(1, 'a')", (1, 2)), ("(1,", (1, 2)), ("(1.5, 2)", (1, 2)), ("abc", None)],
+)  # fmt: skip
+def test_a_setting_of_another_type_is_refused(text, default):
+    with refused("--set m.k=.*: expected "):
+        parse_value("m.k", text, default)
+
+
+def test_settings_replace_defaults_and_only_known_ones():
+    method = get_method("scrub", {"temperature": "2", "forget_epochs": "3"})
+    assert method.defaults == {"temperature": 4.0, "gamma": 0.99, "alpha": 0.01, "forget_epochs": 2}
+    assert method.hyperparameters == method.defaults | {"temperature": 2.0, "forget_epochs": 3}
+    for name, known in (
+        ("scrub", "it has temperature, gamma"),
+        ("retain_finetune", "it has none"),
+        (RETRAIN, "it has none"),
+    ):
+        with refused(f"--set {name}.beta: '{name}' has no hyperparameter 'beta' .{known}"):
+            get_method(name, {"beta": "1"})
+
+
+def test_an_unknown_method_names_the_nearest():
+    with refused("unknown method 'scrubb': did you mean 'scrub'"):
+        get_method("scrubb")
+
+
+LOSS = """
+from jaxunlearn.methods.rule import cross_entropy, loss_rule
+
+@loss_rule
+def rule(student, retain, forget, *, weight: float = 0.5):
+    forget_loss = cross_entropy(student(forget.images), forget.labels)
+    return cross_entropy(student(retain.images), retain.labels) - weight * forget_loss
+"""
+
+
+def test_a_users_loss_is_a_method(tmp_path):
+    (tmp_path / "my_loss.py").write_text(LOSS)
+    method = get_method(str(tmp_path / "my_loss.py"), {"weight": "2"})
+    assert (method.name, method.defaults, method.hyperparameters) == ("my_loss", {"weight": 0.5}, {"weight": 2.0})
+    rule = build_rule(method, context())
+    params, state, metrics = jax.jit(rule.step)(model(1)[0], rule.init(*model(0), jax.random.key(3)), RETAIN, FORGET)
+    expected = ce(forward(RETAIN.images)[0], RETAIN) - 2 * ce(forward(FORGET.images)[0], FORGET)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert_differ(params, model(1)[0])
+    # The statistics move in the order of the calls.
+    assert_close(state.batch_stats, forward(RETAIN.images, forward(FORGET.images)[1])[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("gone.py", None, "gone.py: no such rule file"),
+        ("mine.py", "def rule(context:", "failed to import: SyntaxError"),
+        ("mine.py", "import not_a_module", "failed to import: ModuleNotFoundError: No module named 'not_a_module'"),
+        ("mine.py", "raise SystemExit(3)", "failed to import: SystemExit"),
+        ("mine.py", "raise ValueError('a\\nb')", "failed to import: ValueError: a b"),
+        ("mine.py", "def rules(context): pass", "the rule file defines no `rule`"),
+        ("mine.py", "rule = 3", "'mine': `rule` is not callable"),
+        ("mine.py", "def rule(): pass", r"write rule\(context, \*, hyperparameters with defaults\)"),
+        ("mine.py", "def rule(context, weight=1.0): pass", r"write rule\(context, \*, "),
+        ("mine.py", "def rule(context, **settings): pass", r"write rule\(context, \*, "),
+        ("mine.py", "def rule(*, context=None): pass", r"write rule\(context, \*, "),
+        ("mine.py", "def rule(context, *, weight): pass", "'mine': hyperparameter 'weight' needs a default"),
+        ("scrub.py", "def rule(context): pass", "'scrub' is the name of a method of the package: rename the file"),
+        ("retrain.py", "def rule(context): pass", "'retrain' is the name of a method of the package"),
+    ],
+)
+def test_a_file_that_is_no_rule_is_refused(tmp_path, file, text, message):
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    with refused(message):
+        get_method(str(tmp_path / file))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", r"rule\(context\) returned NoneType, it must return an UnlearningRule"),
+        ("return lambda *args: args", "returned function, it must return an UnlearningRule"),
+        ("return context.learning_rate", r"'mine': its rule\(\) failed: AttributeError"),
+        ("raise ValueError('a\\nb')", r"'mine': its rule\(\) failed: ValueError: a b"),
+    ],
+)
+def test_a_factory_that_makes_no_rule_is_refused(tmp_path, body, message):
+    (tmp_path / "mine.py").write_text(f"def rule(context):\n    {body}")
+    with refused(message):
+        build_rule(get_method(str(tmp_path / "mine.py")), context())

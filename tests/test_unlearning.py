@@ -1,0 +1,264 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import (
+    CLASSES,
+    COUNT,
+    PROTOCOL,
+    assert_close,
+    assert_differ,
+    counted_reads,
+    make_images,
+    make_models,
+    make_split,
+    make_unlearning,
+    mesh_of,
+    run_epochs,
+    seed_of,
+    to_rounding,
+    unlearn,
+    unlearning_of,
+)
+
+from jaxunlearn.benchmarks import get_benchmark
+from jaxunlearn.data.batches import normalise
+from jaxunlearn.errors import UserError
+from jaxunlearn.methods import Method
+from jaxunlearn.methods.rule import UnlearningRule, init_state
+from jaxunlearn.models.network import make_network
+from jaxunlearn.randomness import seed_keys
+from jaxunlearn.unlearning import Split, check_rule, epoch_plan, make_context
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+SEEDS = (1, 2)
+RULE = "negative_gradient"  # not linear in the batch, two forwards, both kinds of images
+
+
+def method_of(factory):
+    return Method("mine", factory, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("bench", "retain", "forget", "short", "long"),
+    [
+        ("resnet20-cifar10-class0", 45000, 5000, 40, 352),
+        ("vgg16bn-cifar100-class0", 49500, 500, 4, 387),
+        ("mobilenetv2-fmnist-class0", 54000, 6000, 47, 422),
+    ],
+)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_steps_of_the_official_epochs(bench, retain, forget, short, long, drop_last):
+    split = Split(np.arange(retain), np.arange(forget))
+    for length, steps in (("min", short), ("retain", long)):
+        protocol = dataclasses.replace(get_benchmark(bench), epoch_length=length, drop_last=drop_last)
+        plan = epoch_plan(protocol, split)
+        assert len(plan) == steps - drop_last
+        if drop_last:
+            assert set(plan) == {(128, 128)}
+        elif length == "min":
+            assert plan == [(128, 128)] * (short - 1) + [(128, forget % 128)]
+        else:
+            assert sum(r for r, _ in plan) == retain
+            assert [f for _, f in plan[:short]] == [128] * (short - 1) + [forget % 128]
+            assert plan[-1] == (retain % 128, plan[(long - 1) % short][1])
+
+
+@pytest.mark.parametrize(("retain", "forget", "named"), [(300, 100, "100 forget"), (100, 300, "100 retain")])
+def test_an_epoch_without_steps_is_refused(retain, forget, named):
+    protocol = dataclasses.replace(get_benchmark("vgg16bn-cifar100-class0"), drop_last=True)
+    with pytest.raises(UserError, match=f"no batch .*of the {named} images"):
+        epoch_plan(protocol, Split(np.arange(retain), np.arange(forget)))
+
+
+def logging_rule(context):
+    """Learns nothing; writes down what each step was given, an image known by its label."""
+
+    def init(params, batch_stats, key):
+        return init_state(context, params, batch_stats, key, extra=jnp.full((10, 2, 8), -1))
+
+    def step(params, state, retain, forget):
+        log = state.extra
+        for kind, batch in enumerate((retain, forget)):
+            log = log.at[state.step, kind, : len(batch.labels)].set(batch.labels)
+        key = jax.random.key_data(state.key)[0]
+        metrics = {"loss": jnp.zeros(()), "step": state.step, "epoch": state.epoch, "key": key}
+        return params, state._replace(extra=log), metrics
+
+    return UnlearningRule(init, step)
+
+
+def logged(epoch_length):
+    protocol = dataclasses.replace(PROTOCOL, batch_size=8, epoch_length=epoch_length)
+    data = make_images()._replace(labels=np.arange(COUNT, dtype=np.int32))
+    with jax.set_mesh(mesh_of()):
+        run, keys = make_unlearning(method_of(logging_rule), protocol, mesh_of(), data), seed_keys(SEEDS)
+        carry, metrics = run_epochs(run, run.start(*make_models(protocol, SEEDS, mesh_of()), keys), keys, 2)
+    return run, carry.extra, metrics
+
+
+def test_every_pass_over_retain_and_forget_is_a_new_order():
+    run, log, metrics = logged("retain")
+    assert (run.steps_per_epoch, run.images_per_epoch) == (5, 38 + 19 + 16)  # retain 8 8 8 8 6, forget 8 8 3, 8 8
+    np.testing.assert_array_equal(metrics["step"], [range(10)] * 2)
+    np.testing.assert_array_equal(metrics["epoch"], [[0] * 5 + [1] * 5] * 2)
+    assert len(np.unique(metrics["key"])) == 20
+    split, orders = make_split(), {"retain": [], "forget": []}
+    for seed_log in log:
+        for epoch in np.split(seed_log, 2):
+            retain, forget, second = epoch[:, 0].ravel(), epoch[:3, 1].ravel(), epoch[3:, 1].ravel()
+            np.testing.assert_array_equal(np.sort(retain[retain >= 0]), split.retain)
+            np.testing.assert_array_equal(np.sort(forget[forget >= 0]), split.forget)
+            assert len(np.unique(second)) == 16 and set(second) < set(split.forget)
+            orders["retain"].append(tuple(retain[:16]))
+            orders["forget"] += [tuple(forget[:16]), tuple(second)]
+    assert [len(set(o)) for o in orders.values()] == [4, 8]
+
+
+def test_a_short_epoch_is_one_pass_over_forget():
+    run, log, _ = logged("min")
+    assert (run.steps_per_epoch, run.images_per_epoch) == (3, 24 + 19)
+    for epoch in np.concatenate([log[:, :3], log[:, 3:6]]):
+        forget = epoch[:, 1].ravel()
+        np.testing.assert_array_equal(np.sort(forget[forget >= 0]), make_split().forget)
+        assert len(np.unique(epoch[:, 0])) == 24
+    assert (log[:, 6:] == -1).all()
+
+
+@pytest.fixture(scope="module")
+def started(tiny_models):
+    with jax.set_mesh(mesh_of()):
+        return *unlearning_of(RULE, PROTOCOL, SEEDS, mesh_of()), make_models(PROTOCOL, SEEDS, mesh_of())
+
+
+def test_the_teacher_and_the_given_models_outlive_the_steps(started):
+    run, keys, models = started
+    with jax.set_mesh(mesh_of()):
+        given = jax.tree.map(np.array, models)
+        for _ in range(2):
+            carry, _ = run_epochs(run, run.start(*models, keys), keys, 2)
+    assert_close(models, given, 0)
+    assert_close(tuple(carry.extra), given, 0)
+    assert_differ(carry.params, given[0])
+
+
+def test_an_epoch_of_unlearning_fetches_once(started):
+    run, keys, models = started
+    with jax.set_mesh(mesh_of()):
+        carry, _ = run.epoch(run.start(*models, keys), keys, 0)
+        with counted_reads() as counts:
+            run.epoch(carry, keys, 1)
+    assert counts == {"device_get": 1, "other": 0}
+
+
+def test_unlearning_can_be_resumed(started):
+    run, keys, models = started
+    with jax.set_mesh(mesh_of()):
+        expected, _ = run_epochs(run, run.start(*models, keys), keys, 3)
+        half, _ = run_epochs(run, run.start(*models, keys), keys, 1)
+        resumed, _ = run_epochs(run, half, keys, 3, first=1)
+    assert_close(resumed, expected, 0)
+
+
+@to_rounding
+def test_seeds_together_are_each_seed_alone(protocol, epochs, rtol):
+    together = unlearn(RULE, protocol, SEEDS, epochs, mesh_of())
+    assert_close(seed_of(together, 1), unlearn(RULE, protocol, SEEDS[1:], epochs, mesh_of()), rtol)
+
+
+@to_rounding
+@pytest.mark.parametrize("split", [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_devices_agree(protocol, epochs, rtol, split):
+    twice = split[0] == 4
+    expected = unlearn(RULE, protocol, SEEDS, epochs, mesh_of())
+    if twice:
+        expected = jax.tree.map(lambda x: np.concatenate([x, x]), expected)
+    assert_close(unlearn(RULE, protocol, SEEDS * (1 + twice), epochs, mesh_of(*split)), expected, rtol)
+
+
+def test_prepare_sees_every_clean_image_once_and_changes_what_the_steps_get():
+    seen = []
+
+    def rule(context):
+        def init(params, batch_stats, key):
+            return init_state(context, params, batch_stats, key, extra=jnp.zeros(()))
+
+        def prepare(params, state, retain_set, forget_set):
+            sets = [list(retain_set), list(forget_set)]
+            assert [len(retain_set), len(forget_set)] == [len(batches) for batches in sets]
+            seen.append((params, sets))
+            return jax.tree.map(lambda p: 2 * p, params), state._replace(extra=state.extra + sum(map(len, sets)))
+
+        def step(params, state, retain, forget):
+            return params, state, {"loss": jnp.sum(params["linear"]["kernel"]), "batches": state.extra}
+
+        return UnlearningRule(init, step, prepare)
+
+    protocol = dataclasses.replace(PROTOCOL, batch_size=19)
+    data = make_images()
+    with jax.set_mesh(mesh_of(2, 1)):
+        run, keys = make_unlearning(method_of(rule), protocol, mesh_of(2, 1)), seed_keys(SEEDS)
+        params, batch_stats = make_models(protocol, SEEDS, mesh_of(2, 1))
+        carry, metrics = run_epochs(run, run.start(params, batch_stats, keys), keys, 1)
+    assert_close(carry.params, jax.tree.map(lambda p: 2 * np.asarray(p), params), 1e-6)
+    np.testing.assert_allclose(metrics["loss"][:, 0], 2 * params["linear"]["kernel"].sum((1, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(metrics["batches"], 2 + 1)
+    assert len(seen) == 2
+    for index, (own, sets) in enumerate(seen):
+        assert_close(own, jax.tree.map(lambda p, i=index: p[i], params), 0)
+        for batches, indices in zip(sets, make_split(), strict=True):
+            images, labels = map(np.concatenate, zip(*batches, strict=True))
+            np.testing.assert_array_equal(images, normalise(jnp.asarray(data.images[indices]), protocol))
+            np.testing.assert_array_equal(labels, data.labels[indices])
+
+
+def halved(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float16), tree)
+
+
+def raised(*args):
+    raise ValueError("first line\nsecond line")
+
+
+BROKEN = {
+    "init fails": ({"init": raised}, "first line$"),
+    "init returns no state": ({"init": lambda p, b, k: (p, b)}, "init returned tuple, it must return a RuleState"),
+    "step fails": ({"step": raised}, "first line$"),
+    "step is none": ({"step": None}, "callable"),
+    "step branches on a value": ({"step": lambda p, s, r, f: 1 if r.labels[0] > 0 else 0}, "boolean conversion"),
+    "step returns two": ({"step": lambda p, s, r, f: (p, s)}, r"must return \(params, state, metrics\)"),
+    "params lose a part": ({"step": lambda p, s, r, f: ({}, s, {"loss": 0.0})}, "changed the structure of params"),
+    "params change dtype": (
+        {"step": lambda p, s, r, f: (halved(p), s, {"loss": 0.0})},
+        r"changed params from float32\[6\] to float16\[6\]",
+    ),
+    "state loses a part": (
+        {"step": lambda p, s, r, f: (p, s._replace(opt_state=()), {"loss": 0.0})},
+        "changed the structure of state",
+    ),
+    "state changes shape": (
+        {"step": lambda p, s, r, f: (p, s._replace(step=s.step[None]), {"loss": 0.0})},
+        r"changed state from int32\[\] to int32\[1\]",
+    ),
+    "metrics are no dict": ({"step": lambda p, s, r, f: (p, s, 0.0)}, "metrics must be a dict with at least 'loss'"),
+    "metrics have no loss": ({"step": lambda p, s, r, f: (p, s, {"a": 0.0})}, "metrics must be a dict"),
+    "a metric is no scalar": (
+        {"step": lambda p, s, r, f: (p, s, {"loss": 0.0, "a": jnp.zeros(2)})},
+        "metric 'a' is not a scalar",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_rule_that_breaks_the_contract_is_refused_in_one_line(how):
+    parts, message = BROKEN[how]
+    context = make_context(make_network(PROTOCOL, CLASSES), PROTOCOL, CLASSES, 1)
+    rule = UnlearningRule(
+        parts.get("init", lambda p, b, k: init_state(context, p, b, k)),
+        parts.get("step", lambda p, s, r, f: (p, s, {"loss": 0.0})),
+    )
+    with pytest.raises(UserError, match=f"^method 'mine' does not keep the rule contract: .*{message}") as caught:
+        check_rule(method_of(None), rule, context)
+    assert "\n" not in str(caught.value)
