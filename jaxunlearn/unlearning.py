@@ -104,7 +104,8 @@ class Unlearning:
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(map(sum, sizes))
         self.epochs = protocol.unlearn_epochs
         self._plan: list[Chunk] = chunks(sizes)  # type: ignore[arg-type]
-        self._protocol, self._mesh, self._data, self._split, self._timing = protocol, mesh, data, split, timing
+        self._protocol, self._mesh, self._split, self._timing = protocol, mesh, split, timing
+        self._data = place_shared(data, mesh)
         context = make_context(network, protocol, num_classes, len(sizes))
         self._rule = build_rule(method, context)
         check_rule(method, self._rule, context)

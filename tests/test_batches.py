@@ -9,6 +9,10 @@ from tiny import PROTOCOL, make_images
 
 from jaxunlearn.data.batches import Images, augment, augmented_batch, clean_batch, epoch_order, normalise, resize
 
+pytestmark = pytest.mark.usefixtures("tiny_models")  # for its quick compilation
+augment = jax.jit(augment, static_argnums=2)
+augmented_batch = jax.jit(augmented_batch, static_argnums=3)
+
 
 def protocol_with(**changes):
     return dataclasses.replace(PROTOCOL, **changes)

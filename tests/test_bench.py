@@ -51,7 +51,9 @@ def write_idx(folder, images, labels):
 
 
 def test_a_run_prints_a_table_and_leaves_records(bench, tmp_path):
-    status, out, err = bench("--bench", BENCH, "--method", "scrub", "retain_finetune", "--seeds", "1,3", "--devices", "1")
+    status, out, err = bench(
+        "--bench", BENCH, "--method", "scrub", "retain_finetune", "--seeds", "1,3", "--devices", "1"
+    )
     assert status == 0 and err == ""  # no progress where stderr is no terminal
     for text in ("pretrained", "scrub", "retain_finetune", "symmetric_score", "±"):
         assert text in out
@@ -60,7 +62,9 @@ def test_a_run_prints_a_table_and_leaves_records(bench, tmp_path):
 
 
 def test_json_prints_one_record_a_line_and_nothing_else(bench, tmp_path):
-    status, out, _ = bench("--bench", BENCH, "--seeds", "0-1", "--method", "retain_finetune", "--json", "--devices", "2")
+    status, out, _ = bench(
+        "--bench", BENCH, "--seeds", "0-1", "--method", "retain_finetune", "--json", "--devices", "2"
+    )
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [record["seed"] for record in records] == [0, 1]
     assert json.loads((tmp_path / "runs" / BENCH / "retain_finetune" / "seed0.json").read_text()) == records[0]
@@ -79,8 +83,16 @@ def test_a_rule_of_the_users_own_and_its_settings(bench, tmp_path):
 
 
 def test_protocol_fields_are_set_by_flag_or_by_set(bench):
-    arguments = "--unlearn-epochs 1 --drop-last --set protocol.unlearn_lr=0.01 --set protocol.std=(1,1,1)".split()
-    status, out, _ = bench("--bench", BENCH, "--method", "retain_finetune", "--json", "--devices", "1", *arguments)
+    fields = (
+        "--set",
+        "protocol.unlearn_lr=0.01",
+        "--set",
+        "protocol.std=(1,1,1)",
+        "--drop-last",
+        "--unlearn-epochs",
+        "1",
+    )
+    status, out, _ = bench("--bench", BENCH, "--method", "retain_finetune", "--json", "--devices", "1", *fields)
     protocol = json.loads(out)["protocol"]
     assert status == 0 and (protocol["unlearn_epochs"], protocol["drop_last"]) == (1, True)
     assert protocol["unlearn_lr"] == 0.01 and protocol["std"] == [1.0, 1.0, 1.0]

@@ -42,7 +42,8 @@ def test_key_depends_on_what_pretraining_reads_and_on_nothing_else(tmp_path):
         same = entry(tmp_path, dataclasses.replace(PROTOCOL, **{field.name: changed})) == entry(tmp_path)
         assert same == (field.name not in PRETRAIN_FIELDS), field.name
     folders = {
-        entry(tmp_path, **change).folder for change in ({}, {"digest": "e"}, {"seed": 1}, {"without": 0}, {"without": 1})
+        entry(tmp_path, **change).folder
+        for change in ({}, {"digest": "e"}, {"seed": 1}, {"without": 0}, {"without": 1})
     }
     assert len(folders) == 5
 

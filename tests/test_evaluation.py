@@ -93,9 +93,9 @@ def test_one_infinite_logit_is_enough_to_have_diverged():
 
 def test_mia_augment_changes_the_members_only_and_by_the_seed():
     _, clean, _ = evaluate()
-    _, augmented, _ = evaluate(mia_augment=True)
-    _, other, _ = evaluate(mia_augment=True, keys=(1, 3))
+    _, augmented, _ = evaluate(mia_augment=True, crop_pixels=8)
+    _, other, _ = evaluate(mia_augment=True, crop_pixels=8, keys=(1, 3))
     np.testing.assert_array_equal(augmented.confidence[:, :23], clean.confidence[:, :23])
-    assert (augmented.confidence[:, 23:] != clean.confidence[:, 23:]).mean() > 0.8
+    assert (augmented.confidence[:, 23:] != clean.confidence[:, 23:]).all()
     np.testing.assert_array_equal(augmented.confidence[0], other.confidence[0])
     assert (augmented.confidence[1, 23:] != other.confidence[1, 23:]).any()

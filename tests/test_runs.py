@@ -60,7 +60,9 @@ def test_a_run_leaves_whole_records(tmp_path):
         assert set(record["protocol"]) == {field.name for field in dataclasses.fields(DIGITS)}
         assert set(record["timing"]) == {"data_s", "compile_s", "pretrain_s", "unlearn_s", "evaluate_s"}
         assert record["throughput"]["unlearn_steps_per_s"] > 0 and record["throughput"]["pretrain_images_per_s"] > 0
-        assert record["environment"]["device_count"] == 1 and record["environment"]["versions"]["jax"] == jax.__version__
+        assert (
+            record["environment"]["device_count"] == 1 and record["environment"]["versions"]["jax"] == jax.__version__
+        )
     assert records[0]["before"] == records[2]["before"] != records[1]["before"]
 
 

@@ -162,7 +162,9 @@ def test_prepared_images_of_another_shape_or_class(tmp_path):
     class Many(Small, skip_registration=True):
         name = "cifar10"
         classes = 100
-        sets = {split: ImageSet(images, labels + 50) for split, (images, labels) in small((32, 32, 3), 4).items()}
+        sets: ClassVar = {
+            split: ImageSet(images, labels + 50) for split, (images, labels) in small((32, 32, 3), 4).items()
+        }
 
     prepare(Wide, tmp_path / "wide")
     assert "not (32, 32, 3)" in refused("cifar10", tmp_path / "wide", tmp_path)

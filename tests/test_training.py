@@ -27,6 +27,7 @@ from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.data.batches import epoch_order, normalise
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import Stream, stream_key
+from jaxunlearn.sharding import place_seeds
 from jaxunlearn.training import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -76,48 +77,43 @@ def test_optimizer_is_torchs_sgd():
             assert_close(params, expected, 1e-12)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_epochs_are_what_a_plain_loop_computes(monkeypatch, scanned):
+def test_epochs_are_what_a_plain_loop_computes_scanned_or_dispatched(monkeypatch):
     """Order, partial last batch with its own BatchNorm statistics, learning rate, loss and accuracy."""
-    monkeypatch.setattr(loop, "scans", lambda: scanned)
     protocol = dataclasses.replace(PROTOCOL, model=PLAIN, batch_size=22, crop_pixels=0, flip=False, precision="fp64")
+    data, network, torch = make_images(), make_network(protocol, CLASSES), TorchSGD(0.9, 5e-4)
+
+    @jax.jit
+    def gradients(params, stats, images, labels):
+        def loss(params):
+            logits, moved = network.apply_train(params, stats, images, jax.random.key(0))
+            return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean(), (logits, moved)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
     with jax.enable_x64(True), jax.set_mesh(mesh_of()):
-        run, keys = pretraining_of.__wrapped__(protocol, (5,), mesh_of())
-        state = run.start(keys)
-        params, stats = jax.device_get(jax.tree.map(lambda x: x[0], (state.params, state.batch_stats)))
-        state, metrics = run_epochs(run, state, keys, 2)
+        results = []
+        for scanned in (False, True):
+            monkeypatch.setattr(loop, "scans", lambda scanned=scanned: scanned)
+            run, keys = pretraining_of.__wrapped__(protocol, (5,), mesh_of())
+            start = jax.device_get(run.start(keys))
+            results.append(run_epochs(run, place_seeds(start, mesh_of()), keys, 2))
+            assert run.images_per_epoch == COUNT and run.steps_per_epoch == 3
 
-        data, network, torch = make_images(), make_network(protocol, CLASSES), TorchSGD(0.9, 5e-4)
-
-        @jax.jit
-        def gradients(params, stats, images, labels):
-            def loss(params):
-                logits, moved = network.apply_train(params, stats, images, jax.random.key(0))
-                return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean(), (logits, moved)
-
-            return jax.value_and_grad(loss, has_aux=True)(params)
-
+        params, stats = jax.tree.map(lambda x: x[0], start[:2])
         losses, accuracies = [], []
         for epoch in range(2):
-            order = np.asarray(
-                epoch_order(stream_key(keys[0], Stream.PRETRAIN_ORDER, epoch), jnp.arange(COUNT, dtype=np.int32))
-            )
-            for start, size in ((0, 22), (22, 22), (44, 13)):
-                chosen = order[0, start : start + size]
-                labels = data.labels[chosen]
-                images = normalise(jnp.asarray(data.images[chosen]), protocol)
+            order_key = stream_key(keys[0], Stream.PRETRAIN_ORDER, epoch)
+            order = np.asarray(epoch_order(order_key, jnp.arange(COUNT, dtype=np.int32)))[0]
+            for chosen in np.split(order, [22, 44]):
+                labels, images = data.labels[chosen], normalise(jnp.asarray(data.images[chosen]), protocol)
                 (loss, (logits, stats)), gradient = gradients(params, stats, images, labels)
                 params = torch.step(params, gradient, cosine(0.1, epoch, protocol.pretrain_epochs))
                 losses.append(loss)
                 accuracies.append((np.asarray(logits).argmax(-1) == labels).mean())
-    assert run.images_per_epoch == COUNT and run.steps_per_epoch == 3
-    assert_close(
-        seed_of((state.params, state.batch_stats), 0),
-        jax.tree.map(lambda x: np.asarray(x)[None], (params, stats)),
-        1e-9,
-    )
-    np.testing.assert_allclose(metrics["loss"], [losses], rtol=1e-9)
-    np.testing.assert_allclose(metrics["accuracy"], [accuracies], rtol=1e-6)
+    for state, metrics in results:
+        assert_close(jax.tree.map(lambda x: x[0], state[:2]), (params, jax.device_get(stats)), 1e-9)
+        np.testing.assert_allclose(metrics["loss"], [losses], rtol=1e-9)
+        np.testing.assert_allclose(metrics["accuracy"], [accuracies], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +169,6 @@ def test_seeds_together_are_each_seed_alone(protocol, epochs, rtol):
     assert_close(seed_of(together, 1), pretrain(protocol, SEEDS[1:2], epochs, mesh_of()), rtol)
 
 
-@to_rounding
-def test_devices_agree(protocol, epochs, rtol):
-    assert_close(pretrain(protocol, SEEDS, epochs, mesh_of(1, 2)), pretrain(protocol, SEEDS, epochs, mesh_of()), rtol)
+def test_devices_agree():
+    protocol = dataclasses.replace(PROTOCOL, precision="fp64")
+    assert_close(pretrain(protocol, SEEDS, 3, mesh_of(1, 2)), pretrain(protocol, SEEDS, 3, mesh_of()), 1e-9)

@@ -80,7 +80,10 @@ def parse_value(name: str, text: str, default: Any) -> Any:
             return type(default)(text)
         value = ast.literal_eval(text)
         if isinstance(default, tuple):
-            return tuple(type(default[0])(item) for item in value) if default else tuple(value)
+            items = tuple(type(default[0])(item) for item in value) if default else tuple(value)
+            if not isinstance(value, tuple | list) or items != tuple(value):
+                raise ValueError
+            return items
         return value
     except (ValueError, KeyError, SyntaxError, TypeError):
         expected = "true or false" if isinstance(default, bool) else f"a value like {default!r}"
@@ -98,7 +101,10 @@ def _apply(title: str, defaults: dict[str, Any], settings: dict[str, str]) -> di
 def _defaults(title: str, factory: Any) -> dict[str, Any]:
     if not callable(factory):
         raise UserError(f"method '{title}': `rule` is not callable, it must be a factory rule(context, *, ...)")
-    parameters = list(inspect.signature(factory).parameters.values())
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())
+    except ValueError:
+        parameters = []  # a builtin that does not say what it takes
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     if len(parameters) != len(keywords) + 1:
         raise UserError(f"method '{title}': write rule(context, *, hyperparameters with defaults)")

@@ -16,7 +16,11 @@ def on_cpu() -> bool:
 
 
 def outlined(function: Callable[..., Any], *arrays: Array) -> Any:
-    """`function(*arrays)` as a call that XLA's CPU compiler does not inline, so that nothing outside fuses with it."""
+    """`function(*arrays)` as a call that XLA's CPU compiler does not inline, so that nothing outside fuses with it.
+
+    Left alone, XLA recomputes a cheap producer inside each of its consumers. The residual stream of a ResNet is such a
+    chain: every filter gradient computed all blocks before it again, 130 of 420 ms of a ResNet-20 step of batch 128.
+    """
     if not on_cpu():
         return function(*arrays)
     with set_xla_metadata(inlineable="false"):
@@ -27,8 +31,8 @@ def seedwise(function: Callable[..., Any], *arrays: Array) -> Any:
     """`function(*arrays)`; under `vmap` on CPU, one call of `function` for each index of the mapped axis.
 
     With per-seed weights `vmap` makes a convolution a grouped one, which the CPU runs five times slower. Unrolled layer
-    by layer, the stack at the end of one layer and the index at the start of the next cancel in XLA: the program is that
-    of each seed alone. Not differentiable by itself: call it inside the rules of a `custom_vjp`.
+    by layer, the stack at the end of one layer and the index at the start of the next cancel in XLA, and the program is
+    that of each seed alone. Has no reverse mode: call it inside the rules of a `custom_vjp`.
     """
     if not on_cpu():
         return function(*arrays)

@@ -1,7 +1,7 @@
 """2-d convolution and its two gradients, each in the form that is fastest for its shape and platform.
 
-The choice is made in `_forward`, `_input_gradient` and `_kernel_gradient` below and nowhere else. GPU and TPU always take
-`lax.conv_general_dilated`. The milliseconds in the comments are of one core (AVX-512), batch 128, float32.
+The choice is made in `_forward`, `_input_gradient` and `_kernel_gradient` below and nowhere else. GPU and TPU always
+take `lax.conv_general_dilated`. The milliseconds in the comments are of one core (AVX-512), batch 128, float32.
 """
 
 from functools import partial
@@ -50,10 +50,11 @@ def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
         if groups > 1:
             return depthwise.forward(x, kernel, stride)
         if kernel.shape[0] == 1:
-            # 16 channels of 32x32 to 96: TODO
+            # With both gradients, 24 to 144 channels of 32x32: 25 ms against 83; 64 to 384 of 8x8: 5 against 16.
             return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
         if x.shape[1] <= 2:
-            # XLA takes a 3x3 kernel on 2x2 images for the image, and misses the fast path: 512 channels TODO
+            # XLA takes the kernel for the image here and misses the fast path. 512 channels, with both gradients: 35 ms
+            # against 2,957. On 4x4 images they are equal.
             return _im2col(x, kernel, stride)
     return _lax_conv(x, kernel, stride, groups)
 
@@ -85,7 +86,7 @@ def _product_over_rows(x: Array, g: Array) -> Array:
     return lax.dot_general(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (rows, ((), ())))
 
 
-def _input_gradient_conv(g: Array, kernel: Array, shape: tuple[int, int], stride: int) -> Array:
+def _input_gradient_conv(g: Array, kernel: Array, shape: tuple[int, ...], stride: int) -> Array:
     """The convolution of `g`, spread out by `stride`, with the kernel turned by half a circle.
 
     Written out because XLA brings a convolution to the layout of the CPU's fast path in the entry computation only:

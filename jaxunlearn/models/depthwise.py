@@ -20,13 +20,13 @@ def forward(x: Array, kernel: Array, stride: int) -> Array:
     return _shifted_sum(padded, kernel, height, width, stride)
 
 
-def input_gradient(g: Array, kernel: Array, shape: tuple[int, int], stride: int) -> Array:
+def input_gradient(g: Array, kernel: Array, shape: tuple[int, ...], stride: int) -> Array:
     """The same sum over `g`, spread out by `stride` and padded, with the kernel turned by half a circle."""
     size = kernel.shape[0]
     low = size - 1 - size // 2
     edges = [(low, n + size - 2 - low - (m - 1) * stride, stride - 1) for n, m in zip(shape, g.shape[1:3], strict=True)]
     padded = _pad(g, *edges)
-    return _shifted_sum(padded, kernel[::-1, ::-1], *shape, 1)
+    return _shifted_sum(padded, kernel[::-1, ::-1], shape[0], shape[1], 1)
 
 
 def kernel_gradient(x: Array, g: Array, size: int, stride: int) -> Array:
@@ -42,9 +42,7 @@ def kernel_gradient(x: Array, g: Array, size: int, stride: int) -> Array:
     inputs, gradients = jnp.split(padded, groups), jnp.split(g, groups)
 
     def tap(i: int, j: int) -> Array:
-        products = [
-            _window(x, i, j, height, width, stride) * g for x, g in zip(inputs, gradients, strict=True)
-        ]
+        products = [_window(x, i, j, height, width, stride) * g for x, g in zip(inputs, gradients, strict=True)]
         return outlined(lambda total: total.sum((0, 1, 2)), sum(products[1:], start=products[0]))
 
     taps = jnp.stack([tap(i, j) for i in range(size) for j in range(size)])
@@ -59,9 +57,7 @@ def _pad(x: Array, rows: tuple[int, int, int], columns: tuple[int, int, int]) ->
 
 def _shifted_sum(padded: Array, kernel: Array, height: int, width: int, stride: int) -> Array:
     size = kernel.shape[0]
-    terms = [
-        _window(padded, i, j, height, width, stride) * kernel[i, j, 0] for i in range(size) for j in range(size)
-    ]
+    terms = [_window(padded, i, j, height, width, stride) * kernel[i, j, 0] for i in range(size) for j in range(size)]
     return sum(terms[1:], start=terms[0])
 
 

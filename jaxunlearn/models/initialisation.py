@@ -12,8 +12,8 @@ PyTree = Any
 def initial_variables(shapes: PyTree, key: jax.Array) -> PyTree:
     """Variables {"params", "batch_stats"} of the structure, shapes and dtypes of `shapes`.
 
-    Kernels are normal with variance 2 / fan. A convolution's fan is k * k * features, also of a depthwise one: PyTorch's
-    fan_out ignores groups. A linear layer's is its inputs. Scales and variances are 1, biases and means 0.
+    Kernels are normal with variance 2 / fan. A convolution's fan is k * k * features, also of a depthwise one, as
+    PyTorch's fan_out ignores groups. A linear layer's is its inputs. Scales and variances are 1, biases and means 0.
 
     All kernels come from a single draw: a draw of its own for each made ResNet-20's initialisation the longest
     compilation of a run (7.6 s, against 1.7 s for its training step).

@@ -1,4 +1,4 @@
-"""Layers with PyTorch's semantics: convolution chosen by shape, BatchNorm, linear, pooling.
+"""Layers with PyTorch's semantics: convolution, BatchNorm, linear.
 
 Images are NHWC, kernels HWIO. Every layer has a compute dtype; parameters and BatchNorm statistics are held in float32
 (float64 when the compute dtype is float64), whatever the compute dtype.
@@ -56,7 +56,7 @@ class Linear(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, as `torch.nn.BatchNorm2d`; then adds `residual` and applies ReLU if asked.
+    """Batch normalisation over all axes but the last, as `torch.nn.BatchNorm2d`; then residual sum and ReLU if asked.
 
     In train mode normalises by the biased variance of the batch and moves the running statistics towards the batch's
     mean and *unbiased* variance; in eval mode normalises by the running statistics. Variables: params `scale`, `bias`;

@@ -1,4 +1,4 @@
-"""MobileNetV2 for 32x32 images (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks"), with ReLU."""
+"""MobileNetV2 for 32x32 images (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks"), ReLU."""
 
 import flax.linen as nn
 import jax.numpy as jnp

@@ -13,9 +13,7 @@ EPS = 1e-5
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def batch_norm(
-    x: Array, scale: Array, bias: Array, residual: Array | None, relu: bool
-) -> tuple[Array, Array, Array]:
+def batch_norm(x: Array, scale: Array, bias: Array, residual: Array | None, relu: bool) -> tuple[Array, Array, Array]:
     """Normalise by the batch's mean and biased variance, then scale, shift, add `residual`, apply ReLU.
 
     Args:
@@ -59,16 +57,27 @@ def _batch_norm_bwd(
     relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array, Array | None]:
     x, y, scale, mean, var, alone = saved
-    dx, dscale, dbias, masked = seedwise(partial(outlined, partial(_backward, relu=relu)), x, y, scale, mean, var, *cotangents)
-    return dx, dscale, dbias, None if alone else masked
+    backward = partial(outlined, partial(_backward, relu=relu, alone=alone))
+    dx, dscale, dbias, dresidual = seedwise(backward, x, y, scale, mean, var, *cotangents)
+    return dx, dscale, dbias, dresidual
 
 
 batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
 
 
 def _backward(
-    x: Array, y: Array, scale: Array, mean: Array, var: Array, g: Array, dmean: Array, dvar: Array, *, relu: bool
-) -> tuple[Array, Array, Array, Array]:
+    x: Array,
+    y: Array,
+    scale: Array,
+    mean: Array,
+    var: Array,
+    g: Array,
+    dmean: Array,
+    dvar: Array,
+    *,
+    relu: bool,
+    alone: bool,
+) -> tuple[Array, Array, Array, Array | None]:
     count = x.size // x.shape[-1]
     axes = tuple(range(x.ndim - 1))
     std = lax.sqrt(var + EPS)
@@ -83,4 +92,4 @@ def _backward(
     along = (2 * dvar - direct * dscale / std) / count
     constant = (dmean - direct * dbias) / count
     dx = g * direct + centred * along + constant
-    return dx.astype(x.dtype), dscale, dbias, g.astype(x.dtype)
+    return dx.astype(x.dtype), dscale, dbias, None if alone else g.astype(x.dtype)

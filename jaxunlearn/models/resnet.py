@@ -12,7 +12,7 @@ class ResNet20(nn.Module):
     """3x3/16 stem, stages of 16, 32 and 64 channels with three post-activation blocks each, mean pool, linear.
 
     `shortcut` says how a block that changes the shape carries its input: "B", 1x1 convolution and BatchNorm
-    (272,474 parameters at 10 classes); "A", every second pixel and zero channels on both sides, no parameters (269,722).
+    (272,474 parameters at 10 classes); "A", every second pixel, zero channels on both sides, no parameters (269,722).
     """
 
     num_classes: int

@@ -6,7 +6,6 @@ convolution, transposed for a linear layer), `bias` is `bias`, `mean` and `var` 
 """
 
 import os
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,18 +28,22 @@ def load_npz(path: str | os.PathLike[str], variables: Any) -> dict[str, Any]:
     Returns:
       The same structure holding the file's values, cast to the dtypes of `variables`.
     """
+    name = os.fspath(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("a single array, not an .npz archive")
             arrays = {key: archive[key] for key in archive.files}
     except FileNotFoundError:
-        raise UserError(f"no weights file {os.fspath(path)}") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        raise UserError(f"no weights file {name}") from None
+    except Exception as error:  # whatever zipfile, zlib and numpy make of a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read weights file {os.fspath(path)}: {reason}") from None
+        raise UserError(f"cannot read weights file {name}: {reason}") from None
     try:
         return from_state_dict(arrays, variables)
     except UserError as error:
-        raise UserError(f"{os.fspath(path)}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
 
 
 def from_state_dict(state: Mapping[str, np.ndarray], variables: Any) -> dict[str, Any]:

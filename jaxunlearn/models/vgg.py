@@ -15,8 +15,8 @@ BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 class VGG16BN(nn.Module):
     """13 bias-free conv-BatchNorm-ReLU, five max-pools to 1x1, then 512-512, ReLU, dropout 0.5, 512-classes.
 
-    15,032,868 parameters at 100 classes. Layer names count as torchvision's `features`: convolution, BatchNorm, ReLU and
-    pool each take a number.
+    15,032,868 parameters at 100 classes. Layer names count as torchvision's `features`: convolution, BatchNorm, ReLU
+    and pool each take a number.
     """
 
     num_classes: int

@@ -1,0 +1,30 @@
+"""What the README promises works as written."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import PROTOCOL, make_unlearning, mesh_of
+
+from jaxunlearn.methods import get_method
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("tiny_models")
+def test_the_readmes_rule_is_a_rule(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "undecided.py").write_text(code)
+    method = get_method(str(tmp_path / "undecided.py"), {"weight": "0.5"})
+    with jax.set_mesh(mesh_of()):
+        make_unlearning(method, PROTOCOL, mesh_of())  # checks it against the contract
+
+
+def test_every_file_of_the_layout_exists():
+    (layout,) = re.findall(r"## Layout\n\n```\n(.*?)```", README, re.DOTALL)
+    folder = Path(__file__).parent.parent
+    named = re.findall(r"\b(\w+\.py)\b", layout)
+    assert len(named) > 20
+    present = {path.name for path in folder.rglob("*.py") if ".venv" not in path.parts}
+    assert set(named) <= present

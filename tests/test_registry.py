@@ -1,0 +1,121 @@
+"""Methods by name or file, and their hyperparameters; what is none is refused in one line."""
+
+import jax
+import numpy as np
+import pytest
+from test_methods import FORGET, RETAIN, ce, context, forward, model
+from tiny import assert_close, assert_differ
+
+from jaxunlearn.errors import UserError
+from jaxunlearn.methods import RETRAIN, build_rule, get_method, parse_value
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+
+
+def refused(message):
+    return pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$")
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [("2", 4.0, 2.0), ("1e-3", 0.1, 0.001), ("3", 2, 3), ("-1", 2, -1), ("true", False, True), ("True", False, True),
+     ("0", True, False), ("FALSE", True, False), ("abc", "x", "abc"), ("(3, 4)", (1, 2), (3, 4)),
+     ("1, 2, 3", (0.5,), (1.0, 2.0, 3.0)), ("[1]", (), (1,)), ("None", None, None), ("5", None, 5)],
+)  # fmt: skip
+def test_a_setting_takes_the_type_of_its_default(text, default, value):
+    parsed = parse_value("m.k", text, default)
+    assert parsed == value and type(parsed) is type(value)
+    if isinstance(value, tuple):
+        assert list(map(type, parsed)) == list(map(type, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "default"),
+    [("two", 4.0), ("", 4.0), ("nan", 4.0), ("inf", 4.0), ("2.5", 2), ("2", True), ("yes", False), ("5", (1, 2)),
+     ("(1, 'a')", (1, 2)), ("(1,", (1, 2)), ("(1.5, 2)", (1, 2)), ("abc", None)],
+)  # fmt: skip
+def test_a_setting_of_another_type_is_refused(text, default):
+    with refused("--set m.k=.*: expected "):
+        parse_value("m.k", text, default)
+
+
+def test_settings_replace_defaults_and_only_known_ones():
+    method = get_method("scrub", {"temperature": "2", "forget_epochs": "3"})
+    assert method.defaults == {"temperature": 4.0, "gamma": 0.99, "alpha": 0.01, "forget_epochs": 2}
+    assert method.hyperparameters == method.defaults | {"temperature": 2.0, "forget_epochs": 3}
+    for name, known in (
+        ("scrub", "it has temperature, gamma"),
+        ("retain_finetune", "it has none"),
+        (RETRAIN, "it has none"),
+    ):
+        with refused(f"--set {name}.beta: '{name}' has no hyperparameter 'beta' .{known}"):
+            get_method(name, {"beta": "1"})
+
+
+def test_an_unknown_method_names_the_nearest():
+    with refused("unknown method 'scrubb': did you mean 'scrub'"):
+        get_method("scrubb")
+
+
+LOSS = """
+from jaxunlearn.methods.rule import cross_entropy, loss_rule
+
+@loss_rule
+def rule(student, retain, forget, *, weight: float = 0.5):
+    forget_loss = cross_entropy(student(forget.images), forget.labels)
+    return cross_entropy(student(retain.images), retain.labels) - weight * forget_loss
+"""
+
+
+def test_a_users_loss_is_a_method(tmp_path):
+    (tmp_path / "my_loss.py").write_text(LOSS)
+    method = get_method(str(tmp_path / "my_loss.py"), {"weight": "2"})
+    assert (method.name, method.defaults, method.hyperparameters) == ("my_loss", {"weight": 0.5}, {"weight": 2.0})
+    rule = build_rule(method, context())
+    params, state, metrics = jax.jit(rule.step)(model(1)[0], rule.init(*model(0), jax.random.key(3)), RETAIN, FORGET)
+    expected = ce(forward(RETAIN.images)[0], RETAIN) - 2 * ce(forward(FORGET.images)[0], FORGET)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert_differ(params, model(1)[0])
+    # The statistics move in the order of the calls.
+    assert_close(state.batch_stats, forward(RETAIN.images, forward(FORGET.images)[1])[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("gone.py", None, "gone.py: no such rule file"),
+        ("mine.py", "def rule(context:", "failed to import: SyntaxError"),
+        ("mine.py", "import not_a_module", "failed to import: ModuleNotFoundError: No module named 'not_a_module'"),
+        ("mine.py", "raise SystemExit(3)", "failed to import: SystemExit"),
+        ("mine.py", "raise ValueError('a\\nb')", "failed to import: ValueError: a b"),
+        ("mine.py", "def rules(context): pass", "the rule file defines no `rule`"),
+        ("mine.py", "rule = 3", "'mine': `rule` is not callable"),
+        ("mine.py", "def rule(): pass", r"write rule\(context, \*, hyperparameters with defaults\)"),
+        ("mine.py", "def rule(context, weight=1.0): pass", r"write rule\(context, \*, "),
+        ("mine.py", "def rule(context, **settings): pass", r"write rule\(context, \*, "),
+        ("mine.py", "def rule(*, context=None): pass", r"write rule\(context, \*, "),
+        ("mine.py", "def rule(context, *, weight): pass", "'mine': hyperparameter 'weight' needs a default"),
+        ("scrub.py", "def rule(context): pass", "'scrub' is the name of a method of the package: rename the file"),
+        ("retrain.py", "def rule(context): pass", "'retrain' is the name of a method of the package"),
+    ],
+)
+def test_a_file_that_is_no_rule_is_refused(tmp_path, file, text, message):
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    with refused(message):
+        get_method(str(tmp_path / file))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", r"rule\(context\) returned NoneType, it must return an UnlearningRule"),
+        ("return lambda *args: args", "returned function, it must return an UnlearningRule"),
+        ("return context.learning_rate", r"'mine': its rule\(\) failed: AttributeError"),
+        ("raise ValueError('a\\nb')", r"'mine': its rule\(\) failed: ValueError: a b"),
+    ],
+)
+def test_a_factory_that_makes_no_rule_is_refused(tmp_path, body, message):
+    (tmp_path / "mine.py").write_text(f"def rule(context):\n    {body}")
+    with refused(message):
+        build_rule(get_method(str(tmp_path / "mine.py")), context())
