@@ -43,7 +43,8 @@ def decide(program: ClosedJaxpr, epoch: int) -> Branches:
     """The branch each conditional of `program` takes in `epoch`, its first input, in the order `run` meets them."""
     branches: list[int] = []
     unknown = [None] * (len(program.jaxpr.invars) - 1)
-    _decide(program, [np.int32(epoch), *unknown], branches)
+    with np.errstate(all="ignore"):  # scalars that decide nothing may overflow
+        _decide(program, [np.int32(epoch), *unknown], branches)
     return tuple(branches)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
