@@ -86,17 +86,26 @@ def _run(program: ClosedJaxpr, inputs: list[Any], branches: Iterator[int]) -> li
     values |= dict(zip(program.jaxpr.invars, inputs, strict=True))
     for equation in program.jaxpr.eqns:
         arguments = [_value(values, atom) for atom in equation.invars]
-        if equation.primitive is jit_p:
+        if equation.primitive is jit_p and _has_conditional(equation.params["jaxpr"]):
             outputs = _run(equation.params["jaxpr"], arguments, branches)
         elif equation.primitive is cond_p and (taken := next(branches)) != UNDECIDED:
             outputs = _run(equation.params["branches"][taken], arguments[1:], branches)
         else:
             bound = equation.primitive.get_bind_params(equation.params)
             functions, parameters = bound if isinstance(bound, tuple) else ((), bound)  # a pair in some versions of JAX
-            result = equation.primitive.bind(*functions, *arguments, **parameters)
+            with equation.ctx.manager:  # what was asked for where it was traced, such as not to inline a call
+                result = equation.primitive.bind(*functions, *arguments, **parameters)
             outputs = result if equation.primitive.multiple_results else [result]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [_value(values, atom) for atom in program.jaxpr.outvars]
+
+
+def _has_conditional(program: ClosedJaxpr) -> bool:
+    """Whether `_decide` meets one in `program`."""
+    return any(
+        equation.primitive is cond_p or (equation.primitive is jit_p and _has_conditional(equation.params["jaxpr"]))
+        for equation in program.jaxpr.eqns
+    )
 
 
 def _value(values: dict[Any, Any], atom: Any) -> Any:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxunlearn import branches
 
@@ -62,3 +63,17 @@ def test_gradients_and_custom_rules_pass_through():
     for epoch, expected in ((0, 3.0), (1, 2.0)):
         (result,) = branches.run(program, branches.decide(program, epoch), epoch, jnp.ones(2))
         assert result.tolist() == [expected, expected]
+
+
+def test_calls_that_are_not_to_be_inlined_stay_calls():
+    def function(epoch, x):
+        with set_xla_metadata(inlineable="false"):
+            x = jax.jit(jnp.sin)(x)
+        return jax.lax.cond(epoch < 1, jnp.cos, jnp.tanh, x)
+
+    program = jax.make_jaxpr(function)(0, jnp.ones(2))
+
+    def resolved(epoch, x):
+        return branches.run(program, branches.decide(program, 0), epoch, x)
+
+    assert 'inlineable = "false"' in jax.jit(resolved).lower(0, jnp.ones(2)).as_text()
