@@ -187,11 +187,13 @@ def run(args: argparse.Namespace) -> int:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    from jaxunlearn.memory import keep_freed_memory
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs import Request, Run
     from jaxunlearn.sharding import request_devices
     from jaxunlearn.tables import print_results
 
+    keep_freed_memory()
     request_devices(args.devices)
     request = Request(
         bench=args.bench,
