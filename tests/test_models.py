@@ -10,6 +10,7 @@ import pytest
 
 from jaxunlearn.errors import UserError
 from jaxunlearn.models import MODELS, build
+from jaxunlearn.models.initialisation import initial_variables
 from jaxunlearn.models.layers import Conv, Linear
 from jaxunlearn.models.torch_weights import load_npz
 
@@ -82,11 +83,21 @@ def some_variables(model):
     ],
 )
 def test_initialisation_is_kaiming_with_pytorch_fans(layer, channels, variance):
-    params = layer.init(jax.random.key(0), jnp.zeros((1, 4, 4, channels)))["params"]
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 4, 4, channels)))
+    params = initial_variables(shapes, jax.random.key(0))["params"]
     kernel = np.asarray(params["kernel"])
     np.testing.assert_allclose(kernel.var(), variance, rtol=5 * np.sqrt(2 / kernel.size))  # five standard errors
     np.testing.assert_allclose(kernel.mean() / kernel.std(), 0, atol=5 / np.sqrt(kernel.size))
     assert not np.any(params.get("bias", 0))
+
+
+def test_initial_kernels_are_independent_and_the_rest_is_constant():
+    variables = initial_variables(shapes(build("resnet20", 10)), jax.random.key(0))
+    params = variables["params"]
+    first, second = (np.asarray(params[f"layer1.{block}.conv1"]["kernel"]).ravel() for block in (0, 1))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(first.size)
+    assert all((norm["scale"] == 1).all() and (norm["bias"] == 0).all() for norm in params.values() if "scale" in norm)
+    assert all((norm["var"] == 1).all() and (norm["mean"] == 0).all() for norm in variables["batch_stats"].values())
 
 
 def test_train_mode_uses_the_batch_and_dropout_eval_mode_neither():

@@ -14,6 +14,8 @@ from jaxunlearn.models.normalization import EPS, batch_norm
 
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's sense: new = 0.9 * old + 0.1 * batch
 
+SHAPE_ONLY = nn.initializers.zeros_init()  # of kernels, whose initial values `initialisation` draws all at once
+
 
 def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Dtype in which parameters, statistics and logits are held: at least float32."""
@@ -21,10 +23,7 @@ def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 class Conv(nn.Module):
-    """Bias-free convolution, Kaiming-normal (fan_out, ReLU gain) initialisation.
-
-    As in PyTorch, fan_out is k * k * features also for a depthwise convolution (groups are ignored).
-    """
+    """Bias-free convolution: [B, H, W, channels] -> [B, ceil(H / stride), ceil(W / stride), features]."""
 
     features: int
     kernel_size: int = 3
@@ -35,13 +34,12 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
-        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        kernel = self.param("kernel", init, shape, parameter_dtype(self.dtype))
+        kernel = self.param("kernel", SHAPE_ONLY, shape, parameter_dtype(self.dtype))
         return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
 
 
 class Linear(nn.Module):
-    """Affine layer, Kaiming-normal (fan_in, ReLU gain) kernel and zero bias: [..., in] -> [..., features]."""
+    """Affine layer: [..., in] -> [..., features]."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -49,8 +47,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         held = parameter_dtype(self.dtype)
-        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), held)
+        kernel = self.param("kernel", SHAPE_ONLY, (x.shape[-1], self.features), held)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), held)
         return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
