@@ -66,6 +66,8 @@ def load(entry: Entry, abstract: Any) -> Saved | None:
                 raise ValueError("it is of another model")
             seconds = float(metadata.custom_metadata["seconds"])
             return Saved(ocp.load(path, empty), int(path.name.removeprefix("epoch")), seconds)
+        except (MemoryError, PermissionError):
+            raise  # nothing is wrong with the checkpoint
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
             aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
             path.rename(aside)
@@ -88,4 +90,4 @@ def save(entry: Entry, saved: Saved) -> None:
     ocp.save(path, leaves, custom_metadata=entry.about | metadata, overwrite=True)
     for older in entry.folder.glob("epoch[0-9][0-9][0-9][0-9]"):
         if older.name < path.name:
-            shutil.rmtree(older)
+            shutil.rmtree(older, ignore_errors=True)  # another process may be at it too

@@ -53,10 +53,32 @@ class Timing(dict[str, float]):
             self._inner[-1] += elapsed
 
 
+class Compiled:
+    """A jitted function that is compiled at its first call, for that call's shapes, on the clock of compilation."""
+
+    def __init__(self, function: Callable[..., Any], timing: Timing, **options: Any):
+        self._jitted = jax.jit(function, **options)
+        self._timing = timing
+        self._program: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._program is None:
+            with self._timing("compile_s"):
+                self._program = self._jitted.lower(*arguments).compile()
+        return self._program(*arguments)
+
+
 def batch_sizes(count: int, batch_size: int, drop_last: bool) -> list[int]:
     """The sizes of the batches that `count` images make: all of `batch_size` but perhaps the last."""
     full, rest = divmod(count, batch_size)
     return [batch_size] * full + ([rest] if rest and not drop_last else [])
+
+
+def no_batch(batch_size: int, count: int, kind: str) -> str:
+    """What to tell a user whose images make no batch."""
+    if count == 0:
+        return f"there are no {kind} images"
+    return f"drop_last leaves no batch of {batch_size} of the {count} {kind} images: use a smaller --batch-size"
 
 
 def chunks(steps: list[tuple[int, ...]]) -> list[Chunk]:
@@ -81,7 +103,7 @@ class EpochLoop:
         self._step = step
         self._mesh = mesh
         self._timing = timing
-        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._programs: dict[tuple[tuple[int, ...], int], Compiled] = {}
 
     def run(
         self,
@@ -100,8 +122,7 @@ class EpochLoop:
         outputs: list[dict[str, jax.Array]] = []
         for start, length, sizes in self._dispatches(plan):
             now = place_shared((np.int32(epoch), np.int32(start)), self._mesh)
-            program = self._program(sizes, length, (carry, seeded, shared, now))
-            carry, metrics = program(carry, seeded, shared, now)
+            carry, metrics = self._program(sizes, length)(carry, seeded, shared, now)
             outputs.append(metrics)
             queue.append((start + length, metrics))
             if len(queue) > IN_FLIGHT:
@@ -120,8 +141,8 @@ class EpochLoop:
             else:
                 yield from ((chunk.start + i, 1, chunk.sizes) for i in range(chunk.length))
 
-    def _program(self, sizes: tuple[int, ...], length: int, arguments: tuple[Any, ...]) -> Any:
-        """The compiled program of `length` steps of these `sizes`."""
+    def _program(self, sizes: tuple[int, ...], length: int) -> Compiled:
+        """The program of `length` steps of these `sizes`."""
         if (sizes, length) not in self._programs:
 
             def one_seed(own: tuple[Any, Any], common: tuple[Any, Any]) -> tuple[Any, dict[str, jax.Array]]:
@@ -138,7 +159,5 @@ class EpochLoop:
             def program(carry: Any, seeded: Any, shared: Any, now: Any) -> Any:
                 return over_seeds(one_seed, self._mesh)((carry, seeded), (shared, now))
 
-            with self._timing("compile_s"):
-                compiled = jax.jit(program, donate_argnums=0).lower(*arguments).compile()
-            self._programs[sizes, length] = compiled
+            self._programs[sizes, length] = Compiled(program, self._timing, donate_argnums=0)
         return self._programs[sizes, length]

@@ -40,17 +40,18 @@ class Reporter:
         )
         with Progress(*columns, console=Console(stderr=True), disable=not self.shows, transient=True) as bar:
             shown = bar.add_task(title, total=epochs * steps, completed=first * steps, text="compiling")
-            start = last = time.monotonic()
+            last = time.monotonic()
+            start: tuple[float, int] | None = None  # the first report: what came before was compilation
 
             def of_epoch(epoch: int) -> Report:
                 def report(done: int, metrics: dict[str, Any]) -> None:
-                    nonlocal last
-                    now = time.monotonic()
-                    if not self.shows or now - last < REFRESH_SECONDS:
+                    nonlocal last, start
+                    now, steps_done = time.monotonic(), epoch * steps + done
+                    start = start or (now, steps_done)
+                    if not self.shows or now - last < REFRESH_SECONDS or steps_done == start[1]:
                         return
                     last = now
-                    steps_done = epoch * steps + done
-                    rate = (steps_done - first * steps) / steps * images / (now - start)
+                    rate = (steps_done - start[1]) / steps * images / (now - start[0])
                     values = "  ".join(f"{name} {np.mean(value):.3f}" for name, value in metrics.items())
                     text = f"epoch {epoch + 1}/{epochs}  {values}  {rate:,.0f} images/s"
                     bar.update(shown, completed=steps_done, text=text)

@@ -44,9 +44,6 @@ def check_overwrite(path: Path, protocol: Mapping[str, Any], hyperparameters: Ma
       UserError: the folder cannot be written, or (without `force`) the record there has another protocol or other
         hyperparameters, or cannot be read.
     """
-    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK | os.X_OK)):
-        raise UserError(f"cannot write {path}: {ancestor} is not a writable folder; choose another --out")
     if force or not path.exists():
         return
     differences = _differences(_read(path), protocol, hyperparameters)

@@ -20,7 +20,7 @@ from jaxunlearn.data.batches import Images, resize
 from jaxunlearn.data.datasets import DATASETS, ImageSet, load
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation import Evaluator
-from jaxunlearn.loop import Timing
+from jaxunlearn.loop import Timing, batch_sizes
 from jaxunlearn.methods import RETRAIN, Method
 from jaxunlearn.models.network import make_network
 from jaxunlearn.pretrained import Models, given, train_or_load
@@ -64,11 +64,11 @@ class Run:
         protocol = request.protocol
         self.request, self.reporter, self.timing = request, reporter, Timing()
         validate(protocol, DATASETS[protocol.dataset].num_classes)
+        for folder in (request.out, request.cache_dir):
+            check_writable(folder)
         for method, seed in itertools.product(request.methods, request.seeds):
             path = request.record_path(method, seed)
             records.check_overwrite(path, dataclasses.asdict(protocol), method.hyperparameters, request.force)
-        for folder in (request.out, request.cache_dir):
-            check_writable(folder)
         self.mesh = make_mesh(len(request.seeds), request.devices)
         self.keys = seed_keys(request.seeds)
         self.network = make_network(protocol, DATASETS[protocol.dataset].num_classes)
@@ -84,6 +84,9 @@ class Run:
             self.digest = dataset.digest
             members = Images(*(part[self.split.forget] for part in self.train))
             self.evaluator = Evaluator(self.network, protocol, test, members, self.mesh, self.timing)
+            self._pretraining(1, np.arange(len(train.labels)))  # for what it may find wrong
+            if any(method.name == RETRAIN for method in request.methods):
+                self._pretraining(1, self.split.retain)
             self.unlearnings = {
                 method.name: Unlearning(
                     method, self.network, protocol, dataset.num_classes, self.train, self.split, self.mesh, self.timing
@@ -157,7 +160,8 @@ class Run:
         common: dict[str, float],
     ) -> dict[str, Any]:
         request, count = self.request, len(self.request.seeds)
-        images = len(self.train.labels) * request.protocol.pretrain_epochs
+        batches = batch_sizes(len(self.train.labels), request.protocol.batch_size, request.protocol.drop_last)
+        images = sum(batches) * request.protocol.pretrain_epochs
         timing = {
             "data_s": common["data_s"],
             "compile_s": common.get("compile_s", 0.0) + self.timing.get("compile_s", 0.0),
@@ -190,6 +194,8 @@ def limited(images: ImageSet, num_classes: int, limit: int | None) -> ImageSet:
     """The first `limit // num_classes` images of every class, in file order; all of them where `limit` is None."""
     if limit is None:
         return images
+    if limit > len(images.labels):
+        raise UserError(f"--train-limit {limit}: there are only {len(images.labels)} training images")
     each = limit // num_classes
     chosen = np.sort(np.concatenate([np.flatnonzero(images.labels == c)[:each] for c in range(num_classes)]))
     return ImageSet(images.images[chosen], images.labels[chosen])
@@ -203,9 +209,9 @@ def on_device(images: ImageSet, mesh: jax.sharding.Mesh) -> Images:
 
 def check_writable(folder: Path) -> None:
     """Raises UserError where files cannot be made in `folder`, existing or not. Leaves nothing behind."""
-    ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
+        ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryDirectory(dir=ancestor):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {ancestor}: {os.strerror(error.errno or 0)}") from None
+        raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}; choose another folder") from None

@@ -20,7 +20,8 @@ T = TypeVar("T")
 def request_devices(count: int | None) -> None:
     """Makes `count` host devices, at most one a core, where JAX runs on CPUs. Must come before the first use of JAX."""
     # Devices wait for each other on a thread each; with no more threads than devices XLA's CPU collectives can lock up.
-    os.environ.setdefault("NPROC", str(4 * max(count or 1, os.cpu_count() or 1)))
+    if count and count > 1:
+        os.environ.setdefault("NPROC", str(4 * max(count, os.cpu_count() or 1)))
     already_asked = getattr(jax.config, "jax_num_cpu_devices", -1) > 0
     if count and not already_asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(1, min(count, os.cpu_count() or 1)))
@@ -31,7 +32,10 @@ def make_mesh(num_seeds: int, num_devices: int | None = None) -> jax.sharding.Me
 
     Raises UserError for more devices than there are.
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second comes without a word
+        raise UserError(f"JAX finds no device: check JAX_PLATFORMS ({' '.join(str(error).split())})") from error
     count = len(devices) if num_devices is None else num_devices
     if not 1 <= count <= len(devices):
         raise UserError(f"--devices {count}: this machine has {len(devices)} {devices[0].platform} device(s)")

@@ -1,4 +1,4 @@
-"""Pretraining: SGD on cross-entropy, cosine learning rate stepped once an epoch (protocol section 4.1).
+"""Pretraining: SGD on cross-entropy, cosine learning rate stepped once an epoch (constants: `benchmarks.Protocol`).
 
 `retrain`, the reference that never saw the forgotten class, is the same on the retain images alone.
 """
@@ -13,7 +13,8 @@ import optax
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images, augmented_batch, epoch_order
-from jaxunlearn.loop import EpochLoop, Timing, batch_sizes, chunks
+from jaxunlearn.errors import UserError
+from jaxunlearn.loop import Compiled, EpochLoop, Timing, batch_sizes, chunks, no_batch
 from jaxunlearn.methods.rule import cross_entropy
 from jaxunlearn.models.network import Network
 from jaxunlearn.randomness import Stream, step_keys, stream_key
@@ -57,6 +58,8 @@ class Pretraining:
         timing: Timing,
     ):
         sizes = batch_sizes(len(indices), protocol.batch_size, protocol.drop_last)
+        if not sizes:
+            raise UserError(no_batch(protocol.batch_size, len(indices), "training"))
         optimizer = make_optimizer(protocol, len(sizes))
         self.mesh, self.epochs = mesh, protocol.pretrain_epochs
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(sizes)
@@ -76,7 +79,7 @@ class Pretraining:
 
         self._start_one = start
         self._start = jax.jit(over_seeds(start, mesh))
-        self._draw = jax.jit(over_seeds(draw, mesh))
+        self._draw = Compiled(over_seeds(draw, mesh), timing)
 
     def start(self, keys: jax.Array) -> TrainState:
         """Fresh states for keys[S], the seed axis in front."""

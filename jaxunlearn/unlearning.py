@@ -1,4 +1,4 @@
-"""The unlearning loop: runs any rule for the epochs of the protocol (section 4.2-4.3), all seeds together."""
+"""The unlearning loop: runs any rule for the epochs of the protocol, all seeds together."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import optax
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
 from jaxunlearn.errors import UserError
-from jaxunlearn.loop import Chunk, EpochLoop, Timing, batch_sizes, chunks
+from jaxunlearn.loop import Chunk, Compiled, EpochLoop, Timing, batch_sizes, chunks, no_batch
 from jaxunlearn.methods import Method, build_rule
 from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
 from jaxunlearn.models.network import Network
@@ -65,16 +65,13 @@ def epoch_plan(protocol: Protocol, split: Split) -> list[tuple[int, int]]:
     forget = batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last)
     if not retain or not forget:
         count, kind = (len(split.retain), "retain") if not retain else (len(split.forget), "forget")
-        raise UserError(
-            f"drop_last leaves no batch of {protocol.batch_size} of the {count} {kind} images: "
-            "use a smaller --batch-size or keep the last batch"
-        )
+        raise UserError(no_batch(protocol.batch_size, count, kind))
     steps = min(len(retain), len(forget)) if protocol.epoch_length == "min" else len(retain)
     return [(retain[i], forget[i % len(forget)]) for i in range(steps)]
 
 
 def make_context(network: Network, protocol: Protocol, num_classes: int, steps_per_epoch: int) -> Context:
-    """What a rule is told; the fixed optimizer is Adam (protocol section 4.2)."""
+    """What a rule is told; the fixed optimizer is Adam."""
     adam = optax.adam(protocol.unlearn_lr, b1=protocol.adam_b1, b2=protocol.adam_b2, eps=protocol.adam_eps)
     return Context(
         **network._asdict(),
@@ -107,7 +104,7 @@ class Unlearning:
         self._protocol, self._mesh, self._split, self._timing = protocol, mesh, split, timing
         self._data = place_shared(data, mesh)
         context = make_context(network, protocol, num_classes, len(sizes))
-        self._rule = build_rule(method, context)
+        self._name, self._rule = method.name, build_rule(method, context)
         check_rule(method, self._rule, context)
         forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last))
         passes = math.ceil(len(sizes) / forget_batches)
@@ -118,7 +115,7 @@ class Unlearning:
             retain_key, forget_key = jax.random.split(stream_key(key, Stream.UNLEARN_ORDER, epoch))
             return keys, (epoch_order(retain_key, split.retain)[0], epoch_order(forget_key, split.forget, passes))
 
-        self._draw = jax.jit(over_seeds(draw, mesh))
+        self._draw = Compiled(over_seeds(draw, mesh), timing)
         step = _unlearn_step(self._rule, protocol, len(sizes), forget_batches)
         self._loop = EpochLoop(step, mesh, timing)
 
@@ -136,15 +133,20 @@ class Unlearning:
             jax.block_until_ready(carry)
         if self._rule.prepare is None:
             return carry
-        prepared = [self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i]) for i in range(len(keys))]
+        with self._timing("unlearn_s"):
+            prepared = [self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i]) for i in range(len(keys))]
         return place_seeds(jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared), self._mesh)
 
     def _prepare(self, carry: Carry, key: jax.Array) -> Carry:
         assert self._rule.prepare is not None
         zero = jnp.zeros((), jnp.int32)
-        state = RuleState(*carry[1:3], stream_key(key, Stream.RULE), carry.extra, zero, zero)
+        before = state = RuleState(*carry[1:3], stream_key(key, Stream.RULE), carry.extra, zero, zero)
         sets = (CleanSet(self._data, jnp.asarray(indices), self._protocol) for indices in self._split)
-        params, state = self._rule.prepare(carry.params, state, *sets)
+        try:
+            params, state = self._rule.prepare(carry.params, state, *sets)
+            same_form("prepare", ("params", carry.params, params), ("state", before, state))
+        except Exception as error:
+            raise UserError(f"method '{self._name}': its prepare() failed: {first_line(error)}") from error
         return Carry(params, state.batch_stats, state.opt_state, state.extra)
 
     def epoch(
@@ -197,20 +199,27 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context) -> None:
         result = jax.eval_shape(rule.step, params, state, batch, batch)
         if not isinstance(result, tuple) or len(result) != 3:
             raise TypeError("step must return (params, state, metrics)")
-        for name, before, after in (("params", params, result[0]), ("state", state, result[1])):
-            if str(jax.tree.structure(before)) != str(jax.tree.structure(after)):
-                raise TypeError(f"step changed the structure of {name}")
-            for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-                if (old.shape, old.dtype) != (new.shape, new.dtype):
-                    raise TypeError(
-                        f"step changed {name} from {old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}"
-                    )
+        same_form("step", ("params", params, result[0]), ("state", state, result[1]))
         metrics = result[2]
         if not isinstance(metrics, dict) or "loss" not in metrics:
             raise TypeError("step's metrics must be a dict with at least 'loss'")
         if wrong := [name for name, value in metrics.items() if value.shape != ()]:
             raise TypeError(f"step's metric '{wrong[0]}' is not a scalar")
     except Exception as error:
-        # JAX's messages run over many lines; the first says what is wrong.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"method '{method.name}' does not keep the rule contract: {reason}") from error
+        raise UserError(f"method '{method.name}' does not keep the rule contract: {first_line(error)}") from error
+
+
+def same_form(what: str, *trees: tuple[str, Any, Any]) -> None:
+    """Raises TypeError where `what` changed the structure, a shape or a dtype: trees are (name, before, after)."""
+    for name, before, after in trees:
+        if str(jax.tree.structure(before)) != str(jax.tree.structure(after)):
+            raise TypeError(f"{what} changed the structure of {name}")
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                old_form, new_form = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (old, new))
+                raise TypeError(f"{what} changed {name} from {old_form} to {new_form}")
+
+
+def first_line(error: Exception) -> str:
+    """JAX's messages run over many lines; the first says what is wrong."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

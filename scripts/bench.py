@@ -32,6 +32,10 @@ FLAGS = {
     "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A)",
     "precision": "of the computation; parameters and statistics stay fp32",
 }
+MOST_SEEDS = 10_000
+
+# Those that are not for `--set`: they have a flag, or they are what the benchmark is.
+NOT_SET = {*FLAGS, "init_weights", "model", "dataset"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,11 +124,16 @@ def parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
-    except ValueError:
+            span = range(int(first), int(last or first) + 1)
+            if not 0 < len(span) <= MOST_SEEDS:
+                raise ValueError
+            seeds += span
+    except (ValueError, OverflowError):
         seeds = []
-    if not seeds or len(set(seeds)) != len(seeds) or max(seeds) >= 2**32:
-        raise UserError(f"--seeds {text}: write 42, 0-7 or 1,5,9, each seed once, from 0 to {2**32 - 1}")
+    if not 0 < len(seeds) <= MOST_SEEDS or len(set(seeds)) != len(seeds) or max(seeds) >= 2**32:
+        raise UserError(
+            f"--seeds {text}: write 42, 0-7 or 1,5,9, each seed once, from 0 to {2**32 - 1}, {MOST_SEEDS:,} at most"
+        )
     return seeds
 
 
@@ -148,8 +157,8 @@ def make_protocol(args: argparse.Namespace, settings: dict[str, str]) -> Protoco
     fields = dataclasses.asdict(own)
     changes = {name: value for name in fields if (value := getattr(args, name, None)) is not None}
     for key, text in settings.items():
-        if key not in fields or key in FLAGS or key == "init_weights":
-            known = ", ".join(name for name in fields if name not in FLAGS and name != "init_weights")
+        if key not in fields or key in NOT_SET:
+            known = ", ".join(name for name in fields if name not in NOT_SET)
             raise UserError(f"--set protocol.{key}: no such field without a flag of its own (there are {known})")
         changes[key] = parse_value(f"protocol.{key}", text, fields[key])
     if args.init_weights:
@@ -164,6 +173,8 @@ def make_protocol(args: argparse.Namespace, settings: dict[str, str]) -> Protoco
 def run(args: argparse.Namespace) -> int:
     """What the arguments ask for. Raises UserError."""
     from jaxunlearn import methods
+    from jaxunlearn.memory import keep_freed_memory
+    from jaxunlearn.sharding import request_devices
 
     if args.list:
         print("benchmarks:", *(f"  {name}" for name in BENCHMARKS), sep="\n")
@@ -171,6 +182,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.bench:
         raise UserError("name a benchmark with --bench (--list shows all)")
+    keep_freed_memory()
+    request_devices(args.devices)
     settings = parse_settings(args.set)
     protocol = make_protocol(args, settings.pop("protocol", {}))
     seeds = parse_seeds(args.seeds)
@@ -187,14 +200,10 @@ def run(args: argparse.Namespace) -> int:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    from jaxunlearn.memory import keep_freed_memory
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs import Request, Run
-    from jaxunlearn.sharding import request_devices
     from jaxunlearn.tables import print_results
 
-    keep_freed_memory()
-    request_devices(args.devices)
     request = Request(
         bench=args.bench,
         protocol=protocol,
@@ -235,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last epoch of pretraining", file=sys.stderr)
+        print("interrupted: the same command goes on after the last finished epoch of pretraining", file=sys.stderr)
         return 1
 
 

@@ -134,11 +134,18 @@ def test_list_names_benchmarks_and_methods(bench):
         (f"--bench {BENCH} --method scrub --set bad_teacher.reset_bn=true", "not among the methods"),
         (f"--bench {BENCH} --set protocol.pretrain_lr=-1", "pretrain_lr is -1"),
         (f"--bench {BENCH} --set protocol.colour=1", "protocol.colour"),
+        (f"--bench {BENCH} --set protocol.dataset=cifar10", "protocol.dataset"),
+        (f"--bench {BENCH} --set protocol.mean=(1e400,0,0)", "expected a value like"),
+        (f"--bench {BENCH} --seeds 0-99999999999", "--seeds 0-99999999999"),
+        (f"--bench {BENCH} --method retrain --batch-size 100000 --drop-last", "no batch"),
+        (f"--bench {BENCH} --train-limit 99999", "only 1433 training images"),
+        (f"--bench {BENCH} --method endless.py", "must be a finite number"),
+        (f"--bench {BENCH} --method starless.py", "write the loss as rule(student, retain, forget, *,"),
         (f"--bench {BENCH} --out file/runs", "cannot write"),
         (f"--bench {BENCH} --init-weights absent.npz", "absent.npz"),
         (f"--bench {BENCH} --init-weights file", "cannot read weights file file"),
         (f"--bench {BENCH} --no-such-flag", "--no-such-flag"),
-        (f"--bench {FASHION} --data-dir empty", "no fashion_mnist in empty"),
+        (f"--bench {FASHION} --data-dir empty", "looked in empty, "),
         (f"--bench {FASHION} --data-dir cut", "train-images-idx3-ubyte"),
         (f"--bench {FASHION} --data-dir labels", "labels"),
         (f"--bench {FASHION} --data-dir gzipped", "train-images-idx3-ubyte.gz"),
@@ -150,6 +157,9 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(bench, tmp_path, argu
         "wrong.py": "def rule(context):\n    return 3\n",
         "loose.py": "from jaxunlearn.methods.rule import loss_rule\n@loss_rule\ndef rule(student, retain, forget):\n"
         "    return student(retain.images)\n",
+        "endless.py": "def rule(context, *, cap: float = float('inf')):\n    pass\n",
+        "starless.py": "from jaxunlearn.methods.rule import loss_rule\n@loss_rule\n"
+        "def rule(student, retain, forget, weight=1.0):\n    return 0.0\n",
         "file": "not a folder, not weights",
     }
     for name, text in rules.items():

@@ -121,13 +121,15 @@ def test_places_are_looked_in_in_order(tmp_path, monkeypatch):
     assert datasets.load("fashion_mnist", None, cache).source == str(cache / "data")
 
 
-def test_a_data_dir_without_the_data_is_an_error_even_if_other_places_have_it(tmp_path, monkeypatch):
+def test_a_data_dir_without_the_data_is_warned_of_before_another_place_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXUNLEARN_DATA", str(write_fmnist(tmp_path / "environment")))
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "empty", tmp_path / "missing"):
-        message = refused("fashion_mnist", place)
-        assert str(place) in message and "train-images-idx3-ubyte" in message
+        with pytest.warns(UserWarning, match=rf"no fashion_mnist in {place}: using .*environment"):
+            found = load("fashion_mnist", place)
+        assert str(tmp_path / "environment") in found.source
     message = refused("cifar10", tmp_path / "empty")
+    assert str(tmp_path / "empty") in message
     for form in ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz", "cifar-10-batches-py/", "cifar-10-batches-bin/"):
         assert form in message
 

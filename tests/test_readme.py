@@ -15,8 +15,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 @pytest.mark.usefixtures("tiny_models")
 def test_the_readmes_rule_is_a_rule(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "undecided.py").write_text(code)
-    method = get_method(str(tmp_path / "undecided.py"), {"weight": "0.5"})
+    (tmp_path / "second_thoughts.py").write_text(code)
+    method = get_method(str(tmp_path / "second_thoughts.py"), {"weight": "0.5"})
     with jax.set_mesh(mesh_of()):
         make_unlearning(method, PROTOCOL, mesh_of())  # checks it against the contract
 

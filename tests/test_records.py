@@ -106,12 +106,6 @@ def test_unreadable_record_is_kept(path, content):
     assert records.write(path, make(), force=True)
 
 
-def test_out_must_be_a_folder(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out"):
-        check(tmp_path / "file" / "bench" / "seed0.json", make(), force=True)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
 def test_no_nan_on_disk(path, value):
     records.write(path, make(), force=False)

@@ -132,7 +132,7 @@ DATASETS = {
 def load(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
     """Reads a data set from the first place that has it, else downloads it with tensorflow-datasets.
 
-    The places: `data_dir`, and if it is None $JAXUNLEARN_DATA, `cache_dir/data`, `cache_dir/tfds`. In each the standard
+    The places: `data_dir`, $JAXUNLEARN_DATA, `cache_dir/data`, `cache_dir/tfds`. In each the standard
     layouts are read as they are, then what tensorflow-datasets prepared. `digits` comes with scikit-learn instead.
 
     Images are u8[N, H, W, C], C-contiguous; labels i32[N]. Warns when the counts are not the official ones. Raises
@@ -153,23 +153,25 @@ def load(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
 
 def _find(name: str, data_dir: Path | None, cache_dir: Path) -> tuple[ImageSet, ImageSet, str]:
     spec, tfds_dir = DATASETS[name], cache_dir / "tfds"
-    if data_dir is not None:
-        places = [data_dir]
-    else:
-        environment = os.environ.get("JAXUNLEARN_DATA")
-        places = [Path(environment)] if environment else []
-        places += [cache_dir / "data", tfds_dir]
+    named = [Path(place) for place in (data_dir, os.environ.get("JAXUNLEARN_DATA")) if place]
+    places = [*named, cache_dir / "data", tfds_dir]
     for place in places:
-        for layout in spec.layouts:
-            if found := _read_layout(place.expanduser(), layout, spec):
-                return found
-        if prepared := tfds_source.find_prepared(place.expanduser(), spec.tfds_name):
-            return *tfds_source.read_prepared(prepared, spec.num_classes, spec.shape), str(prepared)
-    if data_dir is not None:
-        raise UserError(f"no {name} in {data_dir}: put {_wanted(spec)} there")
+        if found := _look(place.expanduser(), spec):
+            if data_dir is not None and place != data_dir:
+                warnings.warn(f"no {name} in {data_dir}: using {found[2]}", stacklevel=3)
+            return found
     advice = f"or put {_wanted(spec)} in {cache_dir / 'data'} (looked in {', '.join(map(str, places))})"
     prepared = tfds_source.prepare(spec.tfds_name, tfds_dir.expanduser(), advice)
     return *tfds_source.read_prepared(prepared, spec.num_classes, spec.shape), str(prepared)
+
+
+def _look(place: Path, spec: Source) -> tuple[ImageSet, ImageSet, str] | None:
+    for layout in spec.layouts:
+        if found := _read_layout(place, layout, spec):
+            return found
+    if prepared := tfds_source.find_prepared(place, spec.tfds_name):
+        return *tfds_source.read_prepared(prepared, spec.num_classes, spec.shape), str(prepared)
+    return None
 
 
 def _wanted(spec: Source) -> str:

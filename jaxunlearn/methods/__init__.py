@@ -5,6 +5,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import pkgutil
 from collections.abc import Callable
@@ -79,13 +80,14 @@ def parse_value(name: str, text: str, default: Any) -> Any:
         if isinstance(default, int | str):
             return type(default)(text)
         value = ast.literal_eval(text)
+        json.dumps(value, allow_nan=False)
         if isinstance(default, tuple):
             items = tuple(type(default[0])(item) for item in value) if default else tuple(value)
             if not isinstance(value, tuple | list) or items != tuple(value):
                 raise ValueError
             return items
         return value
-    except (ValueError, KeyError, SyntaxError, TypeError):
+    except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError):
         expected = "true or false" if isinstance(default, bool) else f"a value like {default!r}"
         raise UserError(f"--set {name}={text}: expected {expected}") from None
 
@@ -111,6 +113,11 @@ def _defaults(title: str, factory: Any) -> dict[str, Any]:
     for parameter in keywords:
         if parameter.default is parameter.empty:
             raise UserError(f"method '{title}': hyperparameter '{parameter.name}' needs a default")
+        try:
+            json.dumps(parameter.default, allow_nan=False)  # it goes into the record
+        except (ValueError, TypeError):
+            message = "its default must be a finite number, a text, true or false, None, or a tuple of these"
+            raise UserError(f"method '{title}': hyperparameter '{parameter.name}': {message}") from None
     return {p.name: p.default for p in keywords}
 
 

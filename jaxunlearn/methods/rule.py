@@ -133,7 +133,10 @@ def loss_rule(loss: Callable[..., jax.Array]) -> Callable[..., UnlearningRule]:
 
         return UnlearningRule(init, step)
 
-    keywords = [p for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = list(inspect.signature(loss).parameters.values())
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if len(parameters) != len(keywords) + 3:
+        raise TypeError("write the loss as rule(student, retain, forget, *, hyperparameters with defaults)")
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     factory.__signature__ = inspect.Signature([context, *keywords])  # type: ignore[attr-defined]
     return factory

@@ -1,4 +1,4 @@
-"""Initial weights (protocol section 3): Kaiming normal with ReLU gain, fan_out for convolutions, fan_in for linear."""
+"""Initial weights: Kaiming normal with ReLU gain, fan_out for convolutions, fan_in for linear."""
 
 import math
 from typing import Any
