@@ -19,8 +19,8 @@ import numpy as np
 
 from jaxunlearn.sharding import over_seeds, place_shared
 
-# Steps queued behind the running one: enough that the CPU never idles. Each has its own memory from its dispatch on:
-# with two, MobileNetV2's largest step (4.5 GB) took 20 GB.
+# Steps queued behind the running one: enough that the CPU never idles. Each may hold its memory from its dispatch on,
+# 4.5 GB for MobileNetV2 with 256 images.
 IN_FLIGHT = 1
 
 # (carry, seeded, shared, epoch, index) -> (carry, metrics), for one seed; `sizes` are the step's batch sizes.

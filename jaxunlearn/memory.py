@@ -1,19 +1,21 @@
-"""Memory between steps. XLA's CPU backend allocates the buffers of a step with malloc and frees them after it."""
+"""Memory of a step. XLA's CPU backend takes the buffers of every step from malloc and frees them after it."""
 
 import ctypes
+import os
 import sys
 
-# <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+TUNABLE = "GLIBC_TUNABLES"
 
 
-def keep_freed_memory() -> None:
-    """Tells the C library to keep freed memory instead of handing it back to the system after every step.
+def restart_with_huge_pages() -> None:
+    """Starts this Python process anew, once, with the C library told to ask for huge pages.
 
-    Otherwise each step's first touch of each page is a page fault: ResNet-20, batch 128, one core: 295 images/s, with
-    this 446. Changes the whole process, so a script calls it, first thing; does nothing where the library is not glibc.
+    The first touch of each page of a step's buffers is a page fault, and a huge page is 512 of them in one. ResNet-20,
+    batch 128, two cores: 490 images/s without, 690 with. The C library reads the setting only when a process starts;
+    one that the user has made is left alone. For scripts, before any other work; does nothing where the library is not
+    glibc.
     """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
-        library.mallopt(_M_MMAP_MAX, 0)  # no block by mmap: those go back when freed
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # bytes at the top of the heap before any go back
-        library.mallopt(_M_ARENA_MAX, 1)  # one heap for all threads, or each keeps its own
+    glibc = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    if glibc and TUNABLE not in os.environ:
+        os.environ[TUNABLE] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, Protocol, get_benchmark
 from jaxunlearn.errors import UserError
+from jaxunlearn.memory import restart_with_huge_pages
 
 # The protocol's fields that have a flag of their own, and its help. `--set protocol.FIELD=VALUE` sets the others.
 FLAGS = {
@@ -173,7 +174,6 @@ def make_protocol(args: argparse.Namespace, settings: dict[str, str]) -> Protoco
 def run(args: argparse.Namespace) -> int:
     """What the arguments ask for. Raises UserError."""
     from jaxunlearn import methods
-    from jaxunlearn.memory import keep_freed_memory
     from jaxunlearn.sharding import request_devices
 
     if args.list:
@@ -182,7 +182,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.bench:
         raise UserError("name a benchmark with --bench (--list shows all)")
-    keep_freed_memory()
     request_devices(args.devices)
     settings = parse_settings(args.set)
     protocol = make_protocol(args, settings.pop("protocol", {}))
@@ -249,4 +248,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())
