@@ -19,6 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, Protocol
+from jaxunlearn.errors import one_line
 
 FORMAT = 1  # raise by hand when what a checkpoint means changes: older entries are then never used
 
@@ -71,8 +72,7 @@ def load(entry: Entry, abstract: Any) -> Saved | None:
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
             aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
             path.rename(aside)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"checkpoint {path} cannot be read ({reason}): moved to {aside.name}", stacklevel=2)
+            warnings.warn(f"checkpoint {path} cannot be read ({one_line(error)}): moved to {aside.name}", stacklevel=2)
     return None
 
 

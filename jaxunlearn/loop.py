@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxunlearn.errors import UserError
 from jaxunlearn.sharding import over_seeds, place_shared
 
 # Steps queued behind the running one: enough that the CPU never idles. Each may hold its memory from its dispatch on,
@@ -70,17 +71,19 @@ class Compiled:
         return self._program(*arguments)
 
 
-def batch_sizes(count: int, batch_size: int, drop_last: bool) -> list[int]:
-    """The sizes of the batches that `count` images make: all of `batch_size` but perhaps the last."""
+def batch_sizes(count: int, batch_size: int, drop_last: bool, kind: str) -> list[int]:
+    """The sizes of the batches that `count` images make: all of `batch_size` but perhaps the last.
+
+    Raises UserError where they make none; `kind` says there what images they are.
+    """
     full, rest = divmod(count, batch_size)
-    return [batch_size] * full + ([rest] if rest and not drop_last else [])
-
-
-def no_batch(batch_size: int, count: int, kind: str) -> str:
-    """What to tell a user whose images make no batch."""
+    sizes = [batch_size] * full + ([rest] if rest and not drop_last else [])
     if count == 0:
-        return f"there are no {kind} images"
-    return f"drop_last leaves no batch of {batch_size} of the {count} {kind} images: use a smaller --batch-size"
+        raise UserError(f"there are no {kind} images")
+    if not sizes:
+        remedy = "use a smaller --batch-size"
+        raise UserError(f"drop_last leaves no batch of {batch_size} of the {count} {kind} images: {remedy}")
+    return sizes
 
 
 def chunks(steps: list[tuple[int, ...]]) -> list[Chunk]:

@@ -84,9 +84,12 @@ class Run:
             self.digest = dataset.digest
             members = Images(*(part[self.split.forget] for part in self.train))
             self.evaluator = Evaluator(self.network, protocol, test, members, self.mesh, self.timing)
-            self._pretraining(1, np.arange(len(train.labels)))  # for what it may find wrong
-            if any(method.name == RETRAIN for method in request.methods):
-                self._pretraining(1, self.split.retain)
+            every, retained = (
+                batch_sizes(count, protocol.batch_size, protocol.drop_last, kind)
+                for count, kind in ((len(train.labels), "training"), (len(self.split.retain), "retain"))
+            )
+            self.pretrain_images = sum(every) * protocol.pretrain_epochs
+            self.retrain_steps = len(retained) * protocol.pretrain_epochs
             self.unlearnings = {
                 method.name: Unlearning(
                     method, self.network, protocol, dataset.num_classes, self.train, self.split, self.mesh, self.timing
@@ -107,7 +110,7 @@ class Run:
                 self.timing.clear()
                 if method.name == RETRAIN:
                     models = self._train_or_load(without=request.protocol.forget_class)
-                    steps = self._pretraining(1, self.split.retain).steps_per_epoch * request.protocol.pretrain_epochs
+                    steps = self.retrain_steps
                 else:
                     models = self._unlearn(method.name, pretrained)
                     steps = self.unlearnings[method.name].steps_per_epoch * request.protocol.unlearn_epochs
@@ -121,20 +124,19 @@ class Run:
                     written = records.write(path, record, request.force)
                     yield record, None if written else f"{path} holds a better record, kept; --force replaces it"
 
-    def _pretraining(self, num_seeds: int, indices: np.ndarray) -> Pretraining:
-        mesh = make_mesh(num_seeds, self.mesh.size)
-        return Pretraining(self.network, self.request.protocol, self.train, indices, mesh, self.timing)
-
     def _train_or_load(self, without: int | None) -> Models:
         request = self.request
         indices = np.arange(len(self.train.labels)) if without is None else self.split.retain
         entries = [
             pretrain_entry(request.cache_dir, request.protocol, self.digest, seed, without) for seed in request.seeds
         ]
+
+        def make_pretraining(num_seeds: int) -> Pretraining:
+            mesh = make_mesh(num_seeds, self.mesh.size)
+            return Pretraining(self.network, request.protocol, self.train, indices, mesh, self.timing)
+
         title = "pretrain" if without is None else RETRAIN
-        return train_or_load(
-            lambda count: self._pretraining(count, indices), entries, request.seeds, self.mesh, self.reporter, title
-        )
+        return train_or_load(make_pretraining, entries, request.seeds, self.mesh, self.reporter, title)
 
     def _unlearn(self, name: str, pretrained: Models) -> Models:
         unlearning, count = self.unlearnings[name], len(self.request.seeds)
@@ -160,8 +162,6 @@ class Run:
         common: dict[str, float],
     ) -> dict[str, Any]:
         request, count = self.request, len(self.request.seeds)
-        batches = batch_sizes(len(self.train.labels), request.protocol.batch_size, request.protocol.drop_last)
-        images = sum(batches) * request.protocol.pretrain_epochs
         timing = {
             "data_s": common["data_s"],
             "compile_s": common.get("compile_s", 0.0) + self.timing.get("compile_s", 0.0),
@@ -170,7 +170,7 @@ class Run:
             "evaluate_s": self.timing["evaluate_s"] / count,
         }
         throughput = {
-            "pretrain_images_per_s": images / pretrain_s if pretrain_s else None,
+            "pretrain_images_per_s": self.pretrain_images / pretrain_s if pretrain_s else None,
             "unlearn_steps_per_s": steps / unlearn_s,
         }
         return {

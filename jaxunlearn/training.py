@@ -13,9 +13,8 @@ import optax
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images, augmented_batch, epoch_order
-from jaxunlearn.errors import UserError
-from jaxunlearn.loop import Compiled, EpochLoop, Timing, batch_sizes, chunks, no_batch
-from jaxunlearn.methods.rule import cross_entropy
+from jaxunlearn.loop import Compiled, EpochLoop, Timing, batch_sizes, chunks
+from jaxunlearn.methods.rule import accuracy, cross_entropy
 from jaxunlearn.models.network import Network
 from jaxunlearn.randomness import Stream, step_keys, stream_key
 from jaxunlearn.sharding import over_seeds, place_seeds, place_shared, shard_batch
@@ -57,9 +56,7 @@ class Pretraining:
         mesh: jax.sharding.Mesh,
         timing: Timing,
     ):
-        sizes = batch_sizes(len(indices), protocol.batch_size, protocol.drop_last)
-        if not sizes:
-            raise UserError(no_batch(protocol.batch_size, len(indices), "training"))
+        sizes = batch_sizes(len(indices), protocol.batch_size, protocol.drop_last, "training")
         optimizer = make_optimizer(protocol, len(sizes))
         self.mesh, self.epochs = mesh, protocol.pretrain_epochs
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(sizes)
@@ -128,8 +125,8 @@ def _train_step(network: Network, optimizer: optax.GradientTransformation, proto
 
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        accuracy = (logits.argmax(-1) == batch.labels).mean()
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state), {"loss": loss, "accuracy": accuracy}
+        metrics = {"loss": loss, "accuracy": accuracy(logits, batch.labels)}
+        return TrainState(params, batch_stats, opt_state), metrics
 
     return step

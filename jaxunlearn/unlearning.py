@@ -11,8 +11,8 @@ import optax
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
-from jaxunlearn.errors import UserError
-from jaxunlearn.loop import Chunk, Compiled, EpochLoop, Timing, batch_sizes, chunks, no_batch
+from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.loop import Chunk, Compiled, EpochLoop, Timing, batch_sizes, chunks
 from jaxunlearn.methods import Method, build_rule
 from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
 from jaxunlearn.models.network import Network
@@ -21,10 +21,10 @@ from jaxunlearn.sharding import over_seeds, place_seeds, place_shared, shard_bat
 
 
 class Split(NamedTuple):
-    """Which training images are kept and which are to be forgotten: indices i32[R] and i32[F]."""
+    """Which training images are kept and which are to be forgotten: indices i32[R] and i32[F], numpy's or JAX's."""
 
-    retain: np.ndarray
-    forget: np.ndarray
+    retain: Any
+    forget: Any
 
 
 class Carry(NamedTuple):
@@ -61,11 +61,8 @@ def epoch_plan(protocol: Protocol, split: Split) -> list[tuple[int, int]]:
     Raises:
       UserError: no step is left (`drop_last` with fewer images than a batch).
     """
-    retain = batch_sizes(len(split.retain), protocol.batch_size, protocol.drop_last)
-    forget = batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last)
-    if not retain or not forget:
-        count, kind = (len(split.retain), "retain") if not retain else (len(split.forget), "forget")
-        raise UserError(no_batch(protocol.batch_size, count, kind))
+    retain = batch_sizes(len(split.retain), protocol.batch_size, protocol.drop_last, "retain")
+    forget = batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last, "forget")
     steps = min(len(retain), len(forget)) if protocol.epoch_length == "min" else len(retain)
     return [(retain[i], forget[i % len(forget)]) for i in range(steps)]
 
@@ -101,12 +98,13 @@ class Unlearning:
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(map(sum, sizes))
         self.epochs = protocol.unlearn_epochs
         self._plan: list[Chunk] = chunks(sizes)  # type: ignore[arg-type]
-        self._protocol, self._mesh, self._split, self._timing = protocol, mesh, split, timing
+        self._protocol, self._mesh, self._timing = protocol, mesh, timing
         self._data = place_shared(data, mesh)
+        self._split = place_shared(Split(*(part.astype(np.int32) for part in split)), mesh)
         context = make_context(network, protocol, num_classes, len(sizes))
         self._name, self._rule = method.name, build_rule(method, context)
         check_rule(method, self._rule, context)
-        forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last))
+        forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last, "forget"))
         passes = math.ceil(len(sizes) / forget_batches)
 
         def draw(key: jax.Array, shared: tuple[Any, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -141,12 +139,12 @@ class Unlearning:
         assert self._rule.prepare is not None
         zero = jnp.zeros((), jnp.int32)
         before = state = RuleState(*carry[1:3], stream_key(key, Stream.RULE), carry.extra, zero, zero)
-        sets = (CleanSet(self._data, jnp.asarray(indices), self._protocol) for indices in self._split)
+        sets = (CleanSet(self._data, indices, self._protocol) for indices in self._split)
         try:
             params, state = self._rule.prepare(carry.params, state, *sets)
             same_form("prepare", ("params", carry.params, params), ("state", before, state))
         except Exception as error:
-            raise UserError(f"method '{self._name}': its prepare() failed: {first_line(error)}") from error
+            raise UserError(f"method '{self._name}': its prepare() failed: {one_line(error)}") from error
         return Carry(params, state.batch_stats, state.opt_state, state.extra)
 
     def epoch(
@@ -158,8 +156,7 @@ class Unlearning:
     ) -> tuple[Carry, dict[str, np.ndarray]]:
         """One epoch of all seeds; `carry` is donated. Returns (carry, the rule's metrics f32[S, steps])."""
         keys = place_seeds(keys, self._mesh)
-        split = place_shared(Split(*(part.astype(np.int32) for part in self._split)), self._mesh)
-        drawn = self._draw(keys, (split, place_shared(np.int32(epoch), self._mesh)))
+        drawn = self._draw(keys, (self._split, place_shared(np.int32(epoch), self._mesh)))
         return self._loop.run(carry, drawn, self._data, epoch, self._plan, report)
 
 
@@ -196,6 +193,7 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context) -> None:
         batch = jax.eval_shape(lambda: Batch(jnp.zeros((4, 32, 32, 3)), jnp.zeros(4, jnp.int32)))
         if not isinstance(state, RuleState):
             raise TypeError(f"init returned {type(state).__name__}, it must return a RuleState")
+        same_form("init", ("batch_stats", batch_stats, state.batch_stats))
         result = jax.eval_shape(rule.step, params, state, batch, batch)
         if not isinstance(result, tuple) or len(result) != 3:
             raise TypeError("step must return (params, state, metrics)")
@@ -206,7 +204,7 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context) -> None:
         if wrong := [name for name, value in metrics.items() if value.shape != ()]:
             raise TypeError(f"step's metric '{wrong[0]}' is not a scalar")
     except Exception as error:
-        raise UserError(f"method '{method.name}' does not keep the rule contract: {first_line(error)}") from error
+        raise UserError(f"method '{method.name}' does not keep the rule contract: {one_line(error)}") from error
 
 
 def same_form(what: str, *trees: tuple[str, Any, Any]) -> None:
@@ -218,8 +216,3 @@ def same_form(what: str, *trees: tuple[str, Any, Any]) -> None:
             if (old.shape, old.dtype) != (new.shape, new.dtype):
                 old_form, new_form = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (old, new))
                 raise TypeError(f"{what} changed {name} from {old_form} to {new_form}")
-
-
-def first_line(error: Exception) -> str:
-    """JAX's messages run over many lines; the first says what is wrong."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,6 +19,9 @@ FOLDERS = {
 }
 ARCHIVES = {"cifar10": ("cifar-10-python", "cifar-10-binary"), "cifar100": ("cifar-100-python", "cifar-100-binary")}
 
+# Ten images a batch file: small sets in the official layouts are legitimate, and warned of.
+small_sets = pytest.mark.filterwarnings("ignore:.*where the official set has:UserWarning")
+
 
 def batches(name: str) -> dict[str, ImageSet]:
     """What each batch file of a small CIFAR holds."""

@@ -12,6 +12,7 @@ from layouts import (
     batches,
     load,
     refused,
+    small_sets,
     write_archive,
     write_binaries,
     write_fmnist,
@@ -21,8 +22,7 @@ from layouts import (
 from jaxunlearn.data import datasets
 from jaxunlearn.data.datasets import DATASETS, ImageSet
 
-# Ten images a batch file: small sets in the official layouts are legitimate, and warned of.
-pytestmark = pytest.mark.filterwarnings("ignore:.*where the official set has:UserWarning")
+pytestmark = small_sets
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------

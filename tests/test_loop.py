@@ -7,6 +7,7 @@ import pytest
 from tiny import counted_reads, mesh_of
 
 from jaxunlearn import loop
+from jaxunlearn.errors import UserError
 from jaxunlearn.loop import Chunk, EpochLoop, Timing, batch_sizes, chunks
 from jaxunlearn.sharding import place_seeds, place_shared
 
@@ -17,10 +18,19 @@ PLAN = [Chunk(0, 3, (4,)), Chunk(3, 1, (2,))]
 
 @pytest.mark.parametrize(
     ("count", "drop_last", "expected"),
-    [(12, False, [4, 4, 4]), (14, False, [4, 4, 4, 2]), (14, True, [4, 4, 4]), (3, False, [3]), (3, True, [])],
+    [(12, False, [4, 4, 4]), (14, False, [4, 4, 4, 2]), (14, True, [4, 4, 4]), (3, False, [3])],
 )
 def test_batch_sizes(count, drop_last, expected):
-    assert batch_sizes(count, 4, drop_last) == expected
+    assert batch_sizes(count, 4, drop_last, "training") == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(0, "there are no retain images"), (3, "no batch of 4 of the 3 retain images: .* smaller")]
+)
+def test_images_that_make_no_batch_are_refused_in_one_line(count, message):
+    with pytest.raises(UserError, match=message) as caught:
+        batch_sizes(count, 4, True, "retain")
+    assert "\n" not in str(caught.value)
 
 
 def test_chunks_are_runs_of_equal_sizes():

@@ -152,6 +152,14 @@ def forward(images, stats=None, index=1):
     return forwards()[0](model(index)[0], model(0)[1] if stats is None else stats, images, jax.random.key(0))
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_accuracy_is_that_of_the_retain_batch_in_train_mode(name):
+    images = np.concatenate([RETAIN.images, FORGET.images]) if name == "bad_teacher" else RETAIN.images
+    predicted = forward(images)[0].argmax(-1)[: len(RETAIN.labels)]
+    metrics = stepped(name, epoch=2)[2]  # in epochs 0 and 1 scrub has stepped away before
+    np.testing.assert_allclose(metrics["accuracy"], (predicted == RETAIN.labels).mean(), rtol=1e-6)
+
+
 def teach(images):
     """Logits of the teacher in eval mode."""
     return forwards()[1](*model(0), images)

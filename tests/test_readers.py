@@ -11,6 +11,7 @@ import pytest
 from layouts import (
     FOLDERS,
     refused,
+    small_sets,
     write_archive,
     write_binaries,
     write_fmnist,
@@ -19,8 +20,7 @@ from layouts import (
 
 from jaxunlearn.data import readers
 
-# Ten images a batch file: small sets in the official layouts are legitimate, and warned of.
-pytestmark = pytest.mark.filterwarnings("ignore:.*where the official set has:UserWarning")
+pytestmark = small_sets
 
 
 # ---- broken files ----------------------------------------------------------------------------------------------------

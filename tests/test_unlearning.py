@@ -27,7 +27,7 @@ from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.data.batches import normalise
 from jaxunlearn.errors import UserError
 from jaxunlearn.methods import Method
-from jaxunlearn.methods.rule import UnlearningRule, init_state
+from jaxunlearn.methods.rule import RuleState, UnlearningRule, init_state
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.unlearning import Split, check_rule, epoch_plan, make_context
@@ -227,9 +227,13 @@ def raised(*args):
 
 
 BROKEN = {
-    "init fails": ({"init": raised}, "first line$"),
+    "init fails": ({"init": raised}, "ValueError: first line second line$"),
     "init returns no state": ({"init": lambda p, b, k: (p, b)}, "init returned tuple, it must return a RuleState"),
-    "step fails": ({"step": raised}, "first line$"),
+    "init loses the statistics": (
+        {"init": lambda p, b, k: RuleState({}, (), k, (), jnp.int32(0), jnp.int32(0))},
+        "init changed the structure of batch_stats",
+    ),
+    "step fails": ({"step": raised}, "ValueError: first line second line$"),
     "step is none": ({"step": None}, "callable"),
     "step branches on a value": ({"step": lambda p, s, r, f: 1 if r.labels[0] > 0 else 0}, "boolean conversion"),
     "step returns two": ({"step": lambda p, s, r, f: (p, s)}, r"must return \(params, state, metrics\)"),

@@ -9,7 +9,6 @@ import io
 import pickle
 import struct
 import tarfile
-import textwrap
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxunlearn.errors import UserError
+from jaxunlearn.errors import UserError, one_line
 
 MAX_BYTES = 256 * 2**20  # of one file, decompressed; the largest official one has 155 million bytes
 REMEDY = "download it again"
@@ -89,11 +88,6 @@ def read_archive(archive: Path, names: Sequence[str]) -> dict[str, Blob]:
     if wanted:
         raise UserError(f"{archive} lacks {', '.join(sorted(wanted))}: {REMEDY}")
     return blobs
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's kind and its message, shortened."""
-    return f"{type(error).__name__}: {textwrap.shorten(str(error), 150)}".removesuffix(": ")
 
 
 # ---- formats: (blobs, (H, W, C)) -> images u8[N, H, W, C], labels[N] ----------------------------------------------

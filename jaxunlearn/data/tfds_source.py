@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxunlearn.data.readers import ImageSet, checked, one_line
-from jaxunlearn.errors import UserError
+from jaxunlearn.data.readers import ImageSet, checked
+from jaxunlearn.errors import UserError, one_line
 
 
 def find_prepared(place: Path, name: str) -> Path | None:

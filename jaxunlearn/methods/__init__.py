@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxunlearn.errors import UserError
+from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.methods.rule import UnlearningRule
 
 BASELINES = ("retain_finetune", "negative_gradient", "bad_teacher", "scrub")
@@ -60,8 +60,7 @@ def build_rule(method: Method, context: Any) -> UnlearningRule:
     try:
         rule = method.factory(context, **method.hyperparameters)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"method '{method.name}': its rule() failed: {reason}") from error
+        raise UserError(f"method '{method.name}': its rule() failed: {one_line(error)}") from error
     if not isinstance(rule, UnlearningRule):
         kind = type(rule).__name__
         raise UserError(f"method '{method.name}': rule(context) returned {kind}, it must return an UnlearningRule")
@@ -130,8 +129,7 @@ def _load_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        lines = " ".join(str(error).split())
-        raise UserError(f"{path}: the rule file failed to import: {type(error).__name__}: {lines}") from error
+        raise UserError(f"{path}: the rule file failed to import: {one_line(error)}") from error
     if not hasattr(module, "rule"):
         raise UserError(f"{path}: the rule file defines no `rule`")
     return module.rule

@@ -9,7 +9,7 @@ gives it fresh ones.
 import jax
 import jax.numpy as jnp
 
-from jaxunlearn.methods.rule import Frozen, UnlearningRule, descend, init_state, kl_divergence, teach
+from jaxunlearn.methods.rule import Frozen, UnlearningRule, accuracy, descend, init_state, kl_divergence, teach
 
 
 def rule(context, *, reset_bn: bool = False) -> UnlearningRule:
@@ -23,7 +23,11 @@ def rule(context, *, reset_bn: bool = False) -> UnlearningRule:
         logits = [teach(context, competent, retain.images), teach(context, incompetent, forget.images)]
         targets = jax.nn.softmax(jnp.concatenate(logits))
         images = jnp.concatenate([retain.images, forget.images])
-        params, state, loss = descend(context, params, state, lambda student: kl_divergence(targets, student(images)))
-        return params, state, {"loss": loss}
+
+        def loss(student):
+            logits = student(images)
+            return kl_divergence(targets, logits), {"accuracy": accuracy(logits[: len(retain.labels)], retain.labels)}
+
+        return descend(context, params, state, loss)
 
     return UnlearningRule(init, step)

@@ -1,8 +1,9 @@
 """Finetuning on what is kept: CE(retain). The forget batch is never looked at, so BatchNorm sees retain images only."""
 
-from jaxunlearn.methods.rule import cross_entropy, loss_rule
+from jaxunlearn.methods.rule import accuracy, cross_entropy, loss_rule
 
 
 @loss_rule
 def rule(student, retain, forget):
-    return cross_entropy(student(retain.images), retain.labels)
+    logits = student(retain.images)
+    return cross_entropy(logits, retain.labels), {"accuracy": accuracy(logits, retain.labels)}

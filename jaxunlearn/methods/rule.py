@@ -16,6 +16,7 @@ import optax
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
+Loss = jax.Array | tuple[jax.Array, Metrics]
 
 
 class Context(NamedTuple):
@@ -103,22 +104,28 @@ def init_state(context: Context, params: PyTree, batch_stats: PyTree, key: jax.A
 
 
 def descend(
-    context: Context, params: PyTree, state: RuleState, loss: Callable[[Student], jax.Array]
-) -> tuple[PyTree, RuleState, jax.Array]:
-    """One step of the fixed optimizer down `loss(student)`. Returns (params, state, the loss before the step)."""
+    context: Context, params: PyTree, state: RuleState, loss: Callable[[Student], Loss]
+) -> tuple[PyTree, RuleState, Metrics]:
+    """One step of the fixed optimizer down `loss(student)`: a scalar, or a pair of it and further metrics.
 
-    def objective(params: PyTree) -> tuple[jax.Array, PyTree]:
+    Returns (params, state, metrics before the step: "loss" and the further ones).
+    """
+
+    def objective(params: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         student = Student(context, params, state)
-        return loss(student), student.batch_stats
+        result = loss(student)
+        value, metrics = result if isinstance(result, tuple) else (result, {})
+        return value, ({"loss": value} | metrics, student.batch_stats)
 
-    (value, batch_stats), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    (_, (metrics, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
     updates, opt_state = context.optimizer.update(gradients, state.opt_state, params)
     params = optax.apply_updates(params, updates)
-    return params, state._replace(batch_stats=batch_stats, opt_state=opt_state), value
+    return params, state._replace(batch_stats=batch_stats, opt_state=opt_state), metrics
 
 
-def loss_rule(loss: Callable[..., jax.Array]) -> Callable[..., UnlearningRule]:
-    """Makes a rule's factory of a loss `(student, retain, forget, *, hyperparameters) -> scalar`."""
+def loss_rule(loss: Callable[..., Loss]) -> Callable[..., UnlearningRule]:
+    """Makes a rule's factory of a loss `(student, retain, forget, *, hyperparameters) -> scalar`, or a pair of the
+    scalar and a dict of further metrics, f32 scalars that progress shows."""
 
     @functools.wraps(loss)
     def factory(context: Context, **hyperparameters: Any) -> UnlearningRule:
@@ -126,10 +133,7 @@ def loss_rule(loss: Callable[..., jax.Array]) -> Callable[..., UnlearningRule]:
             return init_state(context, params, batch_stats, key, extra=Frozen(params, batch_stats))
 
         def step(params: PyTree, state: RuleState, retain: Any, forget: Any) -> tuple[PyTree, RuleState, Metrics]:
-            params, state, value = descend(
-                context, params, state, lambda student: loss(student, retain, forget, **hyperparameters)
-            )
-            return params, state, {"loss": value}
+            return descend(context, params, state, lambda student: loss(student, retain, forget, **hyperparameters))
 
         return UnlearningRule(init, step)
 
@@ -145,6 +149,11 @@ def loss_rule(loss: Callable[..., jax.Array]) -> Callable[..., UnlearningRule]:
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy of logits f32[B, C] and labels i32[B]: a scalar."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of the batch whose largest logit, f32[B, C], is that of the label, i32[B]: a scalar."""
+    return (logits.argmax(-1) == labels).mean()
 
 
 def kl_divergence(targets: jax.Array, logits: jax.Array) -> jax.Array:

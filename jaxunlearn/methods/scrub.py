@@ -9,6 +9,7 @@ import jax
 from jaxunlearn.methods.rule import (
     Frozen,
     UnlearningRule,
+    accuracy,
     cross_entropy,
     descend,
     init_state,
@@ -40,11 +41,11 @@ def rule(
         def towards(student):
             logits = student(retain.images)
             target = teach(context, state.extra, retain.images)
-            return gamma * cross_entropy(logits, retain.labels) + alpha * distance(target, logits)
+            loss = gamma * cross_entropy(logits, retain.labels) + alpha * distance(target, logits)
+            return loss, {"accuracy": accuracy(logits, retain.labels)}
 
         # Epochs belong to all seeds at once, so under vmap this stays a branch: later epochs do not pay for it.
         params, state = jax.lax.cond(state.epoch < forget_epochs, away, lambda *same: same, params, state)
-        params, state, loss = descend(context, params, state._replace(key=retain_key), towards)
-        return params, state, {"loss": loss}
+        return descend(context, params, state._replace(key=retain_key), towards)
 
     return UnlearningRule(init, step)

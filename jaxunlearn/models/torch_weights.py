@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxunlearn.errors import UserError
+from jaxunlearn.errors import UserError, one_line
 
 _TORCH_NAME = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
@@ -38,8 +38,7 @@ def load_npz(path: str | os.PathLike[str], variables: Any) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no weights file {name}") from None
     except Exception as error:  # whatever zipfile, zlib and numpy make of a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read weights file {name}: {reason}") from None
+        raise UserError(f"cannot read weights file {name}: {one_line(error)}") from None
     try:
         return from_state_dict(arrays, variables)
     except UserError as error:
