@@ -151,7 +151,7 @@ def test_broken_prepared_folders(damage, tmp_path):
     folder = tmp_path / "cifar10" / "3.0.2"
     damage(folder)
     message = refused("cifar10", tmp_path, tmp_path)
-    assert str(folder) in message and ("array_record" in message) == (damage is say_tfrecord)
+    assert str(folder) in message and ("file_format='array_record'" in message) == (damage is say_tfrecord)
 
 
 def test_prepared_images_of_another_shape_or_class(tmp_path):
