@@ -8,6 +8,22 @@ from jax.typing import DTypeLike
 from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
 
 
+def stages(stride: int) -> tuple[tuple[int, int, int, int], ...]:
+    """(expansion, channels, blocks, stride of the first block) of each stage: Table 2, with strides for 32x32 images.
+
+    `stride` is that of the 24-channel stage.
+    """
+    return (
+        (1, 16, 1, 1),
+        (6, 24, 2, stride),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+
+
 class MobileNetV2(nn.Module):
     """Width 1.0, stem of stride 1, seven stages of inverted residuals, 1280-channel head, mean pool, linear.
 
@@ -22,19 +38,9 @@ class MobileNetV2(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """Images [B, 32, 32, 3] -> logits [B, num_classes], float32."""
-        # expansion, channels, blocks, stride of the first block (Table 2 of the paper, strides for 32x32 images)
-        stages = (
-            (1, 16, 1, 1),
-            (6, 24, 2, self.stride),
-            (6, 32, 3, 2),
-            (6, 64, 4, 2),
-            (6, 96, 3, 1),
-            (6, 160, 3, 2),
-            (6, 320, 1, 1),
-        )
         x = self._conv_bn("features.0.0", "features.0.1", x, 32, train)
         index = 1
-        for expansion, channels, blocks, first_stride in stages:
+        for expansion, channels, blocks, first_stride in stages(self.stride):
             for block in range(blocks):
                 stride = first_stride if block == 0 else 1
                 x = self._block(f"features.{index}.conv", x, expansion, channels, stride, train)
