@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxunlearn.models import winograd
 from jaxunlearn.models.convolution import conv2d
 from jaxunlearn.models.layers import BatchNorm
 from jaxunlearn.models.normalization import EPS, batch_norm
@@ -49,6 +50,11 @@ CONVOLUTIONS = [
     (3, 2, 2, 20, 24, 3, 2, 1),
     (3, 1, 1, 20, 24, 3, 1, 1),
     (1, 6, 6, 4, 20, 5, 1, 1),
+    (3, 8, 8, 64, 80, 3, 1, 1),  # wide
+    (3, 7, 10, 80, 64, 3, 1, 1),
+    (3, 9, 9, 64, 64, 3, 1, 1),
+    (3, 1, 2, 64, 64, 3, 1, 1),
+    (3, 4, 4, 64, 64, 3, 2, 1),
     (3, 7, 7, 20, 24, 1, 2, 1),
     (4, 6, 6, 20, 20, 3, 1, 20),  # depthwise
     (32, 6, 6, 20, 20, 3, 2, 20),
@@ -74,6 +80,14 @@ def test_convolution_and_gradients_are_those_of_lax(shape):
     assert_close(value_and_gradients(conv2d), value_and_gradients(lax_conv))
 
 
+@pytest.mark.parametrize("images", [1, 2, 3, 7, 100])
+def test_minimal_filtering_is_the_same_in_chunks_of_any_size(images, monkeypatch):
+    x, kernel = random(7, 6, 5, 64), random(3, 3, 64, 72, seed=1)
+    tile_bytes = 16 * 72 * 4
+    monkeypatch.setattr(winograd, "CHUNK_BYTES", images * 3 * 3 * tile_bytes)
+    assert_close(jax.jit(winograd.forward)(x, kernel), lax_conv(x, kernel, 1, 1))
+
+
 def small_network(conv, norm, pool):
     """Scalar function of images and weights through every layer that has rules of its own."""
 
@@ -84,6 +98,7 @@ def small_network(conv, norm, pool):
         z = conv(z, weights["pointwise"], 1, 1)
         z, _, _ = norm(z, weights["scale"], weights["bias"], y, True)
         z = conv(pool(z), weights["strided"], 2, 1)
+        z = conv(conv(z, weights["widening"], 1, 1), weights["wide"], 1, 1)
         return jnp.sin(z).sum() + jnp.sum(mean * var)
 
     return network
@@ -114,6 +129,8 @@ def images_and_weights(*seeds: int):
         "depthwise": random(*seeds, 3, 3, 1, 20, seed=4) / 3,
         "pointwise": random(*seeds, 1, 1, 20, 20, seed=5) / 4,
         "strided": random(*seeds, 3, 3, 20, 24, seed=6) / 13,
+        "widening": random(*seeds, 1, 1, 24, 64, seed=7) / 5,
+        "wide": random(*seeds, 3, 3, 64, 64, seed=8) / 24,
     }
     return x, weights
 

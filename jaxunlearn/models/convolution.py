@@ -1,7 +1,8 @@
 """2-d convolution and its two gradients, each in the form that is fastest for its shape and platform.
 
 The choice is made in `_forward`, `_input_gradient` and `_kernel_gradient` below and nowhere else. GPU and TPU always
-take `lax.conv_general_dilated`. The milliseconds in the comments are of one core (AVX-512), batch 128, float32.
+take `lax.conv_general_dilated`. The milliseconds in the comments are of one core (AVX-512) where they do not say two,
+batch 128, float32.
 """
 
 from functools import partial
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxunlearn.models import depthwise
+from jaxunlearn.models import depthwise, winograd
 from jaxunlearn.models.batching import on_cpu, seedwise
+from jaxunlearn.models.matmul import product_over_rows
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -52,6 +54,10 @@ def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
         if kernel.shape[0] == 1:
             # With both gradients, 24 to 144 channels of 32x32: 25 ms against 83; 64 to 384 of 8x8: 5 against 16.
             return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
+        if _is_wide(kernel, stride):
+            # Two cores: 64 channels of 32x32: 30 ms against 48; 128 of 16x16: 22, 27; 256 of 8x8: 16, 23; 512 of 4x4:
+            # 14, 26; of 2x2: 5, 6.3 as below. With 32 channels of 16x16 it would be 2.9 against 2.5.
+            return winograd.forward(x, kernel)
         if x.shape[1] <= 2:
             # XLA takes the kernel for the image here and misses the fast path. 512 channels, with both gradients: 35 ms
             # against 2,957. On 4x4 images they are equal.
@@ -63,6 +69,8 @@ def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int)
     if on_cpu():
         if groups > 1:
             return depthwise.input_gradient(g, kernel, x.shape[1:3], stride)
+        if _is_wide(kernel, stride):
+            return winograd.input_gradient(g, kernel)
         if kernel.shape[0] > 1 and x.shape[1] > 2:
             return _input_gradient_conv(g, kernel, x.shape[1:3], stride)
     return jax.vjp(lambda x: _forward(x, kernel, stride, groups), x)[1](g)[0]
@@ -74,16 +82,20 @@ def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int
         if groups > 1:
             return depthwise.kernel_gradient(x, g, size, stride)
         if size == 1:
-            return _product_over_rows(x[:, ::stride, ::stride], g)[None, None]
+            return product_over_rows(x[:, ::stride, ::stride], g)[None, None]
+        if _is_wide(kernel, stride) and x.shape[1] <= 8:
+            # Two cores: 256 channels of 8x8: 19 ms against 27; 512 of 4x4: 16, 23; of 2x2: 4.3, 7.6; 64 of 8x8 the
+            # same; 128 of 16x16: 39, 30.
+            return winograd.kernel_gradient(x, g)
         if x.shape[1] > 2:
             return _kernel_gradient_conv(x, g, size, stride)
     return jax.vjp(lambda kernel: _forward(x, kernel, stride, groups), kernel)[1](g)[0]
 
 
-def _product_over_rows(x: Array, g: Array) -> Array:
-    """[..., C], [..., F] -> [C, F]. Not as [F, C] transposed, for which XLA copies `g`: 8 GFLOP/s instead of 160."""
-    rows = ((0,), (0,))
-    return lax.dot_general(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (rows, ((), ())))
+def _is_wide(kernel: Array, stride: int) -> bool:
+    """Whether there are channels enough for matrix products to pay for Winograd's transforms."""
+    size, _, *channels = kernel.shape
+    return size == 3 and stride == 1 and min(channels) >= 64 and kernel.dtype.itemsize >= 4
 
 
 def _input_gradient_conv(g: Array, kernel: Array, shape: tuple[int, ...], stride: int) -> Array:

@@ -17,7 +17,8 @@ def max_pool(x: Array) -> Array:
 
 
 def _max_pool_fwd(x: Array) -> tuple[Array, Array]:
-    return seedwise(_forward, x), x
+    # Outlined: the next convolution's kernel gradient would take the maxima again, in its own order of memory.
+    return seedwise(lambda x: outlined(_forward, x), x), x
 
 
 def _max_pool_bwd(x: Array, g: Array) -> tuple[Array]:
