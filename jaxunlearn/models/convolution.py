@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxunlearn.models import depthwise, winograd
 from jaxunlearn.models.batching import on_cpu, seedwise
-from jaxunlearn.models.matmul import product_over_rows
+from jaxunlearn.models.reductions import product_over_rows
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 

