@@ -20,6 +20,7 @@ import numpy as np
 from jaxunlearn import records
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images
+from jaxunlearn.errors import UserError
 from jaxunlearn.loop import Timing, scans
 from jaxunlearn.methods import BASELINES, get_method
 from jaxunlearn.models import build
@@ -39,9 +40,9 @@ BURST_SECONDS = 2.0  # at least; an epoch at least
 MATMUL = 2048
 
 
-def epoch_steps() -> int:
-    """Steps between two waits for the device: an epoch of the real data sets has 40 to 469, VGG's unlearning 4."""
-    return 100 if scans() else 8
+def epoch_steps(protocol: Protocol, num_classes: int) -> int:
+    """Steps between two waits for the device: about two seconds of a CPU. Unlearning's real epochs have 4 to 47."""
+    return 100 if scans() else max(4, round(600e6 / multiply_adds(protocol, num_classes)))
 
 
 def synthetic(protocol: Protocol, num_classes: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,11 +53,20 @@ def synthetic(protocol: Protocol, num_classes: int, count: int) -> tuple[np.ndar
     return images, rng.integers(0, num_classes, count).astype(np.int32)
 
 
-def answer(connection: Connection, bursts: dict[str, tuple[int, Callable[[], None]]], close: Callable[[], Any]) -> None:
-    """Answers every name in `bursts`, (steps, what runs so many), with the seconds of a step; None with `close()`.
+def side(connection: Connection, serve: Callable[..., None], *arguments: Any) -> None:
+    """`serve(connection, *arguments)`, a UserError of which goes to the other end."""
+    try:
+        serve(connection, *arguments)
+    except UserError as error:
+        connection.send(error)
 
-    The first burst of a name is preceded by two that are not timed.
+
+def answer(connection: Connection, bursts: dict[str, tuple[int, Callable[[], None]]], close: Callable[[], Any]) -> None:
+    """Says "ready", then answers every name in `bursts`, (steps, what runs so many), with the seconds of a step.
+
+    The first burst of a name is preceded by two that are not timed. The answer to None, the last, is `close()`.
     """
+    connection.send("ready")
     repeats: dict[str, int] = {}
     while (name := connection.recv()) is not None:
         steps, run = bursts[name]
@@ -75,7 +85,7 @@ def answer(connection: Connection, bursts: dict[str, tuple[int, Callable[[], Non
 def serve(connection: Connection, protocol: Protocol, num_classes: int, num_seeds: int, devices: int | None) -> None:
     """This package's side: `num_seeds` vmapped over `devices`; a step is one of all seeds. Closes with its report."""
     request_devices(devices)
-    steps, batch = epoch_steps(), protocol.batch_size
+    steps, batch = epoch_steps(protocol, num_classes), protocol.batch_size
     network, mesh, keys = (
         make_network(protocol, num_classes),
         make_mesh(num_seeds, devices),

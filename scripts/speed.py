@@ -14,7 +14,6 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,18 +46,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Side:
-    """One side of the comparison, in a process of its own."""
+    """One side of the comparison, in a process of its own. Made, it is ready and idle."""
 
     def __init__(self, serve: Callable[..., None], *arguments: Any):
+        from jaxunlearn.speed import side
+
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
-        self._process = context.Process(target=_quietly, args=(serve, there, *arguments), daemon=True)
-        self._process.start()
+        context.Process(target=side, args=(there, serve, *arguments), daemon=True).start()
         there.close()
+        self._receive()
 
     def ask(self, name: str | None) -> Any:
         """Seconds of a step of the quantity `name`, or, of None, the closing report."""
         self._connection.send(name)
+        return self._receive()
+
+    def _receive(self) -> Any:
         try:
             answer = self._connection.recv()
         except EOFError:
@@ -66,14 +70,6 @@ class Side:
         if isinstance(answer, UserError):
             raise answer
         return answer
-
-
-def _quietly(serve: Callable[..., None], connection: Connection, *arguments: Any) -> None:
-    try:
-        serve(connection, *arguments)
-    except UserError as error:
-        connection.recv()
-        connection.send(error)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,9 +127,9 @@ def print_record(record: dict[str, Any]) -> None:
         table.add_row(name, row["unit"], *cells, f"{record['compile_s'][name]:.1f}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    environment = record["environment"]
+    devices = f"{record['environment']['device_count']} {record['environment']['device_kind']} device(s)"
     facts = (
-        f"{record['bench']}, {record['precision']}, {environment['device_count']} {environment['device_kind']} device(s)",
+        f"{record['bench']}, {record['precision']}, {devices}",
         f"model FLOP utilisation {record['model_flop_utilisation']:.2f} of {record['matmul_gflops']:.0f} GFLOP/s",
         f"peak memory {record['peak_memory_gib']:.1f} GiB",
     )
