@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxunlearn.checkpoints import Entry, Saved, load, save
 from jaxunlearn.models.network import Network
-from jaxunlearn.models.torch_weights import load_npz
+from jaxunlearn.models.torch_weights import load_weights
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.sharding import place_seeds
@@ -29,7 +29,7 @@ class Models(NamedTuple):
 def given(path: Path, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:
     """The weights in `path`, for every seed. Raises UserError where they do not fit the network."""
     params, batch_stats = jax.eval_shape(network.initialise, jax.random.key(0))
-    variables = load_npz(path, {"params": params, "batch_stats": batch_stats})
+    variables = load_weights(path, {"params": params, "batch_stats": batch_stats})
     placed = place_seeds(jax.tree.map(lambda x: jnp.repeat(x[None], num_seeds, 0), variables), mesh)
     return Models(placed["params"], placed["batch_stats"], [0.0] * num_seeds)
 

@@ -18,6 +18,7 @@ import jax
 
 import jaxunlearn
 from jaxunlearn.errors import UserError
+from jaxunlearn.files import write_atomically
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
@@ -73,17 +74,7 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
         better = old["status"] == "ok" and record["status"] != "ok"
         if better or _differences(old, record["protocol"], record["hyperparameters"]):
             return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, text.encode())
     return True
 
 

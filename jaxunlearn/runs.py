@@ -3,8 +3,6 @@
 import dataclasses
 import datetime
 import itertools
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,12 @@ from jaxunlearn.data.batches import Images, resize
 from jaxunlearn.data.datasets import DATASETS, ImageSet, load
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation import Evaluator
+from jaxunlearn.files import check_writable
 from jaxunlearn.loop import Timing, batch_sizes
 from jaxunlearn.methods import RETRAIN, Method
 from jaxunlearn.models.network import make_network
+from jaxunlearn.models.torch_weights import to_state_dict
+from jaxunlearn.models.weight_files import write_safetensors
 from jaxunlearn.pretrained import Models, given, train_or_load
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
@@ -43,6 +44,7 @@ class Request:
     cache_dir: Path
     data_dir: Path | None = None
     init_weights: Path | None = None
+    export_weights: Path | None = None
     devices: int | None = None
     force: bool = False
 
@@ -52,6 +54,13 @@ class Request:
         differs = {name: value for name, value in used.items() if value != own[name]}
         differs |= {f"{method.name}.{k}": v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
         return records.record_path(self.out, self.bench, method.name, seed, differs)
+
+    def weights_path(self, method: Method, seed: int) -> Path | None:
+        """Where the unlearned model goes: below `export_weights` what the record is below `out`."""
+        if self.export_weights is None:
+            return None
+        record = self.record_path(method, seed).relative_to(self.out)
+        return self.export_weights / record.with_suffix(".safetensors")
 
 
 class Run:
@@ -64,7 +73,7 @@ class Run:
         protocol = request.protocol
         self.request, self.reporter, self.timing = request, reporter, Timing()
         validate(protocol, DATASETS[protocol.dataset].num_classes)
-        for folder in (request.out, request.cache_dir):
+        for folder in filter(None, (request.out, request.cache_dir, request.export_weights)):
             check_writable(folder)
         for method, seed in itertools.product(request.methods, request.seeds):
             path = request.record_path(method, seed)
@@ -99,7 +108,7 @@ class Run:
             }
 
     def results(self) -> Iterator[tuple[dict[str, Any], str | None]]:
-        """Runs every method; yields each record once it is written, and a warning where an older one was kept."""
+        """Runs every method; yields each record once it is written, and a warning where something was not."""
         request = self.request
         with jax.set_mesh(self.mesh):
             pretrained = self.given or self._train_or_load(without=None)
@@ -120,9 +129,20 @@ class Run:
                     record = self._record(
                         method, seed, before[i], after[i], pretrained.seconds[i], models.seconds[i], steps, common
                     )
-                    path = request.record_path(method, seed)
-                    written = records.write(path, record, request.force)
-                    yield record, None if written else f"{path} holds a better record, kept; --force replaces it"
+                    yield record, self._keep(method, i, record, models)
+
+    def _keep(self, method: Method, index: int, record: dict[str, Any], models: Models) -> str | None:
+        """Writes one seed's record and, if asked to, its model. Returns a warning where one of them was not written."""
+        request, seed = self.request, self.request.seeds[index]
+        path, weights = request.record_path(method, seed), request.weights_path(method, seed)
+        if not records.write(path, record, request.force):
+            return f"{path} holds a better record, kept; --force replaces it"
+        if weights and record["status"] != "ok":
+            return f"{weights} was not written: the model diverged"
+        if weights:
+            variables = {"params": models.params, "batch_stats": models.batch_stats}
+            write_safetensors(weights, to_state_dict(jax.device_get(jax.tree.map(lambda x: x[index], variables))))
+        return None
 
     def _train_or_load(self, without: int | None) -> Models:
         request = self.request
@@ -205,13 +225,3 @@ def on_device(images: ImageSet, mesh: jax.sharding.Mesh) -> Images:
     """The images on every device of the mesh, enlarged to 32 x 32 where they are smaller."""
     pixels, labels = place_shared((jnp.asarray(images.images), jnp.asarray(images.labels, jnp.int32)), mesh)
     return Images(jax.jit(resize)(pixels), labels)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError where files cannot be made in `folder`, existing or not. Leaves nothing behind."""
-    try:
-        ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryDirectory(dir=ancestor):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}; choose another folder") from None

@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--init-weights",
         type=Path,
         metavar="FILE",
-        help="start from these weights (.npz of a PyTorch state_dict), no pretraining",
+        help="start from a PyTorch state_dict (.npz, .safetensors; .pt, .pth, .th with PyTorch), no pretraining",
     )
     where = parser.add_argument_group("where")
     where.add_argument(
@@ -103,6 +103,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     where.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("runs"), help="result records (default: %(default)s)"
+    )
+    where.add_argument(
+        "--export-weights",
+        type=Path,
+        metavar="DIR",
+        help="write each unlearned model as a .safetensors state_dict, named like its record",
     )
     where.add_argument(
         "--devices", type=int, metavar="N", help="how many devices; on a CPU, makes that many host devices"
@@ -212,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         data_dir=args.data_dir,
         init_weights=args.init_weights,
+        export_weights=args.export_weights,
         devices=args.devices,
         force=args.force,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import importlib.util
 import json
 import struct
@@ -144,6 +145,8 @@ def test_list_names_benchmarks_and_methods(bench):
         (f"--bench {BENCH} --out file/runs", "cannot write"),
         (f"--bench {BENCH} --init-weights absent.npz", "absent.npz"),
         (f"--bench {BENCH} --init-weights file", "cannot read weights file file"),
+        (f"--bench {BENCH} --init-weights text.safetensors", "cannot read weights file text.safetensors"),
+        (f"--bench {BENCH} --export-weights file/weights", "cannot write to file/weights"),
         (f"--bench {BENCH} --no-such-flag", "--no-such-flag"),
         (f"--bench {FASHION} --data-dir empty", "looked in empty, "),
         (f"--bench {FASHION} --data-dir cut", "train-images-idx3-ubyte"),
@@ -161,6 +164,7 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(bench, tmp_path, argu
         "starless.py": "from jaxunlearn.methods.rule import loss_rule\n@loss_rule\n"
         "def rule(student, retain, forget, weight=1.0):\n    return 0.0\n",
         "file": "not a folder, not weights",
+        "text.safetensors": "not weights",
     }
     for name, text in rules.items():
         (tmp_path / name).write_text(text)
@@ -182,6 +186,18 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(bench, tmp_path, argu
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path not in ignored} == before
 
 
+def test_exported_weights_are_where_a_run_starts(bench, tmp_path):
+    arguments = ("--bench", BENCH, "--method", "retain_finetune", "--json", "--devices", "1")
+    status, out, err = bench(*arguments, "--export-weights", "weights")
+    weights = tmp_path / "weights" / BENCH / "retain_finetune" / "seed42.safetensors"
+    assert (status, err) == (0, "") and weights.is_file()
+    exported = json.loads(out)
+    status, out, _ = bench(*arguments, "--init-weights", str(weights))
+    again = json.loads(out)
+    assert status == 0 and again["before"] == {name: exported[name] for name in again["before"]}
+    assert again["protocol"]["init_weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
 def test_a_better_record_is_kept_with_a_warning(bench, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from jaxunlearn.methods.rule import cross_entropy, loss_rule\n"
@@ -189,9 +205,10 @@ def test_a_better_record_is_kept_with_a_warning(bench, tmp_path):
         "def rule(student, retain, forget):\n"
         "    return cross_entropy(student(retain.images), retain.labels)\n"
     )
-    arguments = ("--bench", BENCH, "--method", "mine.py", "--devices", "1")
+    arguments = ("--bench", BENCH, "--method", "mine.py", "--devices", "1", "--export-weights", "weights")
     assert bench(*arguments)[0] == 0
     record = (tmp_path / "runs" / BENCH / "mine" / "seed42.json").read_text()
+    weights = (tmp_path / "weights" / BENCH / "mine" / "seed42.safetensors").read_bytes()
     (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text() + "    * float('nan')\n")
     text = (tmp_path / "mine.py").read_text().replace("labels)\n    *", "labels) *")
     (tmp_path / "mine.py").write_text(text)
@@ -199,3 +216,4 @@ def test_a_better_record_is_kept_with_a_warning(bench, tmp_path):
     assert status == 0 and "diverged" in out
     assert err.startswith("warning: ") and "--force" in err
     assert (tmp_path / "runs" / BENCH / "mine" / "seed42.json").read_text() == record
+    assert (tmp_path / "weights" / BENCH / "mine" / "seed42.safetensors").read_bytes() == weights

@@ -12,7 +12,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.models import MODELS, build
 from jaxunlearn.models.initialisation import initial_variables
 from jaxunlearn.models.layers import Conv, Linear
-from jaxunlearn.models.torch_weights import load_npz
+from jaxunlearn.models.torch_weights import load_weights
 
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
@@ -153,7 +153,7 @@ def real(name: str, archive: str, classes: int, labels_at: int):
         pytest.skip(f"needs $JAXUNLEARN_WEIGHTS/{name}_*.npz")
     rows = np.fromfile(Path(data) / archive, np.uint8).reshape(10_000, -1)
     images = rows[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return images, rows[:, labels_at], load_npz(files[0], shapes(build(name, classes)))
+    return images, rows[:, labels_at], load_weights(files[0], shapes(build(name, classes)))
 
 
 @pytest.mark.parametrize(

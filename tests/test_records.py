@@ -115,21 +115,6 @@ def test_no_nan_on_disk(path, value):
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_failing_write_leaves_the_old_record(path, monkeypatch, failing):
-    records.write(path, make(), force=False)
-    before = path.read_text()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="disk full"):
-        records.write(path, make(retain_acc=0.5), force=True)
-    assert path.read_text() == before
-    assert os.listdir(path.parent) == [path.name]
-
-
 def test_environment():
     found = records.environment()
     assert list(found) == ["versions", "device_kind", "device_count", "cpu", "git_commit"]

@@ -12,18 +12,18 @@ from tiny import PROTOCOL
 from jaxunlearn import benchmarks, pretrained
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS
 from jaxunlearn.data.readers import ImageSet
-from jaxunlearn.errors import UserError
 from jaxunlearn.methods import get_method
 from jaxunlearn.metrics import METRICS
 from jaxunlearn.models import torch_weights
 from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
-from jaxunlearn.runs import Request, Run, check_writable, limited
+from jaxunlearn.runs import Request, Run, limited
 from jaxunlearn.training import Pretraining
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
 BENCH = "tiny-digits-class0"
+QUIET = Reporter(quiet=True)
 DIGITS = dataclasses.replace(PROTOCOL, batch_size=64, train_limit=300, pretrain_epochs=3, unlearn_epochs=2)
 
 
@@ -39,7 +39,7 @@ def request_of(folder, *, method="retain_finetune", settings=None, seeds=(42,), 
 
 
 def results(request):
-    return [record for record, _ in Run(request, Reporter(quiet=True)).results()]
+    return [record for record, _ in Run(request, QUIET).results()]
 
 
 def numbers(record):
@@ -125,6 +125,20 @@ def test_given_weights_replace_pretraining(tmp_path, monkeypatch):
     assert not (tmp_path / "cache" / "pretrained").exists()
 
 
+def test_exported_weights_give_the_model_that_was_exported(tmp_path, monkeypatch):
+    folder = tmp_path / "weights"
+    exported = results(request_of(tmp_path, method="scrub retrain", seeds=(1, 2), export_weights=folder))
+    records = {path.relative_to(tmp_path / "runs").with_suffix("") for path in tmp_path.glob("runs/*/*/*.json")}
+    files = {path.relative_to(folder).with_suffix("") for path in folder.glob("*/*/*.safetensors")}
+    assert len(files) == 4 and files == records
+    monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained"))
+    for record in exported:
+        weights = folder / BENCH / record["method"] / f"seed{record['seed']}.safetensors"
+        protocol = dataclasses.replace(DIGITS, init_weights="its hash", unlearn_epochs=1)
+        (again,) = results(request_of(tmp_path, seeds=(7,), protocol=protocol, init_weights=weights))
+        assert again["before"] == {name: record[name] for name in METRICS}
+
+
 def test_a_diverged_run_says_so(tmp_path):
     rule = tmp_path / "explode.py"
     rule.write_text(
@@ -133,7 +147,10 @@ def test_a_diverged_run_says_so(tmp_path):
         "def rule(student, retain, forget, *, scale: float = 1.0):\n"
         "    return scale * cross_entropy(student(retain.images), retain.labels) * scale\n"
     )
-    (wild,) = results(request_of(tmp_path, method=str(rule), settings={"scale": "1e30"}))
+    weights = tmp_path / "weights"
+    run = Run(request_of(tmp_path, method=str(rule), settings={"scale": "1e30"}, export_weights=weights), QUIET)
+    ((wild, warning),) = run.results()
+    assert warning is not None and "diverged" in warning and not weights.exists()
     assert wild["status"] == "diverged" and all(wild[name] is None for name in METRICS)
     assert wild["before"]["retain_acc"] is not None
 
@@ -142,15 +159,6 @@ def test_train_limit_takes_equally_many_of_each_class_from_the_front():
     labels = np.array([0, 1, 2, 2, 1, 0, 0, 1, 2], np.int32)
     kept = limited(ImageSet(np.arange(9)[:, None, None, None].astype(np.uint8), labels), 3, 7)
     assert kept.images.ravel().tolist() == [0, 1, 2, 3, 4, 5] and kept.labels.tolist() == [0, 1, 2, 2, 1, 0]
-
-
-def test_check_writable_leaves_nothing(tmp_path):
-    check_writable(tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot write"):
-            check_writable(folder)
 
 
 def test_pretrain_fields_exist():

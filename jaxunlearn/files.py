@@ -1,0 +1,32 @@
+"""Writing files so that they are whole at any time, and saying early where they cannot be written."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from jaxunlearn.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content`, making folders as needed: `path` holds the old file or the new one, whole, at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, because a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError where files cannot be made in `folder`, existing or not. Leaves nothing behind."""
+    try:
+        ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryDirectory(dir=ancestor):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}; choose another folder") from None
