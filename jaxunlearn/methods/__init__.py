@@ -130,6 +130,22 @@ def _load_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: the rule file failed to import: {one_line(error)}") from error
-    if not hasattr(module, "rule"):
-        raise UserError(f"{path}: the rule file defines no `rule`")
-    return module.rule
+    if hasattr(module, "rule"):
+        return module.rule
+    classes = {
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "unlearn_step")
+    }
+    if len(classes) > 1:
+        several = " and ".join(sorted(cls.__name__ for cls in classes))
+        raise UserError(f"{path}: {several} have an `unlearn_step`: add `rule = as_rule(...)` of one of them")
+    if not classes:
+        raise UserError(f"{path}: the rule file defines no `rule`, and no class with an `unlearn_step`")
+    from jaxunlearn.torch_style import as_rule  # here: it is written with this package's `rule`
+
+    (cls,) = classes
+    try:
+        return as_rule(cls)
+    except Exception as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
