@@ -18,9 +18,12 @@ from jaxunlearn.errors import UserError
 
 MOST_PROGRAMS = 4  # without a warning
 
+# What a function with custom derivatives carries of them, made anew in every trace. The step is not differentiated.
+DERIVATIVES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees")
+
 
 class Program(NamedTuple):
-    """What a function does in one epoch: a jaxpr without literals, and the values of its constants."""
+    """What a function does in one epoch: a jaxpr whose first inputs are its constants, and their values."""
 
     epoch: int
     jaxpr: Jaxpr
@@ -50,7 +53,7 @@ def switch_epochs(function: Callable[..., Any], epochs: int) -> Callable[..., An
                 first = outputs
             elif changed := sorted(_paths(first) ^ _paths(outputs)):
                 raise UserError(f"epochs 0 and {number} differ in what they return: {changed[0]}")
-            program = Program(number, *_without_literals(closed))
+            program = Program(number, *_without_constants(closed))
             groups.setdefault(_operations(program.jaxpr), []).append(program)
         if len(groups) > MOST_PROGRAMS:
             message = f"the step is {len(groups)} different programs in {epochs} epochs, and each is compiled"
@@ -81,61 +84,56 @@ def _branch(programs: list[Program], epochs: int) -> Callable[..., list[Any]]:
 
     def branch(epoch: jax.Array, *leaves: Any) -> list[Any]:
         constants = []
-        for variable, *values in zip(jaxpr.constvars, *(program.constants for program in programs), strict=True):
+        for variable, *values in zip(jaxpr.invars, *(program.constants for program in programs), strict=False):
             if len(set(map(_bits, values))) == 1:
                 constants.append(values[0])
             else:
                 dtype = variable.aval.dtype
                 table = jnp.stack([v if isinstance(v, jax.Array) else jnp.asarray(v, dtype) for v in values])
                 constants.append(table[jnp.asarray(rows)[epoch]])
-        return jax.core.eval_jaxpr(jaxpr, constants, *leaves)
+        return jax.core.eval_jaxpr(jaxpr, (), *constants, *leaves)
 
     return branch
 
 
-def _without_literals(closed: ClosedJaxpr) -> tuple[Jaxpr, list[Any]]:
-    """The jaxpr with a variable for each literal, and the values of all its constants."""
-    variables, values = list(closed.jaxpr.constvars), list(closed.consts)
+def _without_constants(program: Any) -> tuple[Jaxpr, list[Any]]:
+    """A jaxpr of a ClosedJaxpr with its constants as further inputs, before the others; and their values."""
+    jaxpr = getattr(program, "jaxpr", program)
+    inputs, values = list(jaxpr.constvars), list(getattr(program, "consts", ()))
 
     def variable(atom: Any) -> Var:
         if not isinstance(atom, Literal):
             return atom
-        variables.append(Var(atom.aval))
+        inputs.append(Var(atom.aval))
         values.append(atom.val)
-        return variables[-1]
+        return inputs[-1]
 
-    equations = [eqn.replace(invars=[variable(atom) for atom in eqn.invars]) for eqn in closed.jaxpr.eqns]
-    outputs = [variable(atom) for atom in closed.jaxpr.outvars]
-    return closed.jaxpr.replace(constvars=variables, eqns=equations, outvars=outputs), values
+    equations = [eqn.replace(invars=[variable(atom) for atom in eqn.invars]) for eqn in jaxpr.eqns]
+    outputs = [variable(atom) for atom in jaxpr.outvars]
+    return jaxpr.replace(constvars=[], invars=[*inputs, *jaxpr.invars], eqns=equations, outvars=outputs), values
 
 
 def _operations(jaxpr: Jaxpr) -> Hashable:
-    """Equal for two jaxprs without literals that perform the same operations. Where in doubt, not equal."""
-    numbers: dict[Var, int] = {}
+    """Equal for two jaxprs without constants that perform the same operations. Where in doubt, not equal."""
+    numbers: dict[Any, int] = {}
 
     def names(variables: Sequence[Any]) -> Hashable:
         return tuple(numbers.setdefault(variable, len(numbers)) for variable in variables)
 
-    inputs = [*jaxpr.constvars, *jaxpr.invars]
-    head = (names(inputs), tuple(variable.aval for variable in inputs))
+    head = (names(jaxpr.invars), tuple(variable.aval for variable in jaxpr.invars))
     equations = tuple((names(eqn.invars), eqn.primitive, _settings(eqn), names(eqn.outvars)) for eqn in jaxpr.eqns)
     return head, equations, names(jaxpr.outvars)
 
 
 def _settings(eqn: Any) -> Hashable:
-    # What else these two carry are rules of differentiation, made anew in every trace; the step is not differentiated.
-    derivative = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
-    return tuple(
-        (name, _setting(value)) for name, value in eqn.params.items() if not derivative or name == "call_jaxpr"
-    )
+    ignored = DERIVATIVES if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call") else ()
+    return tuple((name, _setting(value)) for name, value in eqn.params.items() if name not in ignored)
 
 
 def _setting(value: Any) -> Hashable:
     if isinstance(value, tuple | list):
         return tuple(map(_setting, value))
-    if isinstance(value, Jaxpr):
-        value = ClosedJaxpr(value, value.constvars)
-    if isinstance(value, ClosedJaxpr):
+    if isinstance(value, Jaxpr | ClosedJaxpr):
         return _Nested(value)
     try:
         hash(value)
@@ -147,25 +145,25 @@ def _setting(value: Any) -> Hashable:
 class _Nested:
     """A jaxpr inside another. Mostly a cached one, which is told by its identity; else its operations are compared."""
 
-    def __init__(self, closed: ClosedJaxpr):
-        self._closed = closed
+    def __init__(self, program: Any):
+        self._program = program
 
     def _description(self) -> Hashable:
-        jaxpr, constants = _without_literals(self._closed)
+        jaxpr, constants = _without_constants(self._program)
         return _operations(jaxpr), tuple(map(_bits, constants))
 
     def __hash__(self) -> int:
-        return len(self._closed.eqns)
+        return len(self._program.eqns)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Nested):
             return False
-        return self._closed is other._closed or self._description() == other._description()
+        return self._program is other._program or self._description() == other._description()
 
 
 def _bits(value: Any) -> Hashable:
     """Equal for equal numbers, NaN among them; an array that may be large or far away equals itself only."""
-    if isinstance(value, jax.Array | Var):
+    if isinstance(value, jax.Array):
         return id(value)
     array = np.asarray(value)
     return array.dtype, array.shape, array.tobytes()

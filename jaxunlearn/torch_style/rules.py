@@ -131,10 +131,11 @@ def advice(error: Exception) -> str:
         )
     if isinstance(error, jax.errors.TracerArrayConversionError):
         return f"NumPy asks for the values of an array, {unknown}: write jnp in place of np"
-    if isinstance(error, jax.errors.ConcretizationTypeError | jax.errors.TracerIntegerConversionError):
-        return (
-            f".item(), float() and int() ask for the value of an array, {unknown}: use the array (it may be a metric)"
-        )
+    if isinstance(error, jax.errors.TracerIntegerConversionError):
+        return f"an index of a list and a range ask for the value of an array, {unknown}: index a jnp array"
+    if isinstance(error, jax.errors.ConcretizationTypeError):
+        what = ".item(), float() and int() ask for the value of an array"
+        return f"{what}, {unknown}: keep the array, and return a metric as it is"
     if isinstance(error, AttributeError) and error.name in INSTEAD:
         return f".{error.name} is PyTorch's: {INSTEAD[error.name]}"
     return one_line(error)
