@@ -224,9 +224,11 @@ class Watching:
 
     def __init__(self, base=0.5):
         self.base = base
+        self.weak = jnp.asarray(0.5)  # of a weak dtype, but not after a step
 
     def unlearn_step(self, model, retain_batch, forget_batch, optimizer, step, epoch):
         assert type(epoch) is int and isinstance(step, jax.core.Tracer) and model.training
+        self.weak += forget_batch.images.mean()
         (_, retain_labels), (forget_images, _) = retain_batch, forget_batch
         return {
             "loss": self.base**epoch,

@@ -44,8 +44,7 @@ def first_attributes(method: Any, model: Model) -> Attributes:
     for name, value in vars(method).items():
         if any(part is model for part in jax.tree.leaves(value, is_leaf=lambda part: part is model)):
             raise UserError(f"self.{name} is the model that learns: write copy.deepcopy(model)")
-        found, rest[name] = split(value)
-        arrays[name] = [strong(array) for array in found]
+        arrays[name], rest[name] = split(value)
     return Attributes(arrays, rest)
 
 
@@ -53,8 +52,7 @@ def next_arrays(method: Any, before: Attributes) -> dict[str, list[jax.Array]]:
     """The arrays that a step has left. Raises UserError where anything else has changed."""
     after, rest = {}, {}
     for name, value in vars(method).items():
-        found, rest[name] = split(value)
-        after[name] = [strong(array) for array in found]
+        after[name], rest[name] = split(value)
     for name in before.rest | rest:
         here = f"self.{name}"
         old, new = before.arrays.get(name, []), after.get(name, [])
@@ -69,13 +67,6 @@ def next_arrays(method: Any, before: Attributes) -> dict[str, list[jax.Array]]:
                 forms = " to ".join(f"{array.dtype}{list(array.shape)}" for array in (first, second))
                 raise UserError(f"{here} changes in a step from {forms}: keep its shape and dtype")
     return after
-
-
-def strong(array: jax.Array) -> jax.Array:
-    """The array with a dtype that is not weak, so that it is of one type in all programs."""
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
-        return array
-    return jax.lax.convert_element_type(array, array.dtype)
 
 
 def _same(old: Rest, new: Rest) -> bool:
