@@ -203,6 +203,8 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context) -> None:
             raise TypeError("step's metrics must be a dict with at least 'loss'")
         if wrong := [name for name, value in metrics.items() if value.shape != ()]:
             raise TypeError(f"step's metric '{wrong[0]}' is not a scalar")
+    except UserError as error:
+        raise UserError(f"method '{method.name}': {error}") from error
     except Exception as error:
         raise UserError(f"method '{method.name}' does not keep the rule contract: {one_line(error)}") from error
 

@@ -83,6 +83,16 @@ def test_a_rule_of_the_users_own_and_its_settings(bench, tmp_path):
     assert status == 0 and record["method"] == "mine" and record["hyperparameters"] == {"scale": 2.0}
 
 
+def test_a_class_of_the_pytorch_harness_is_a_method(bench):
+    file = Path(__file__).parent / "torch_style_methods" / "torch_scrub.py"
+    arguments = ("--method", str(file), "--set", "torch_scrub.forget_epochs=1", "--seeds", "0-1", "--devices", "1")
+    status, out, err = bench("--bench", BENCH, *arguments, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and err == ""
+    assert [(r["method"], r["seed"], r["status"]) for r in records] == [("torch_scrub", s, "ok") for s in (0, 1)]
+    assert records[0]["hyperparameters"] == {"temperature": 4.0, "gamma": 0.99, "alpha": 0.01, "forget_epochs": 1}
+
+
 def test_protocol_fields_are_set_by_flag_or_by_set(bench):
     fields = (
         "--set",
@@ -115,6 +125,10 @@ def test_list_names_benchmarks_and_methods(bench):
         (f"--bench {BENCH} --method broken.py", "SyntaxError"),
         (f"--bench {BENCH} --method wrong.py", "must return an UnlearningRule"),
         (f"--bench {BENCH} --method loose.py", "does not keep the rule contract"),
+        (
+            f"--bench {BENCH} --method item.py",
+            "Item.unlearn_step, line 3: .item(), float() and int() ask for the value",
+        ),
         (f"--bench {BENCH} --method scrub scrub", "each method once"),
         (f"--bench {BENCH} --forget-class 10", "forget class 10 does not exist"),
         (f"--bench {BENCH} --forget-class -1", "forget class -1 does not exist"),
@@ -160,6 +174,8 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(bench, tmp_path, argu
         "wrong.py": "def rule(context):\n    return 3\n",
         "loose.py": "from jaxunlearn.methods.rule import loss_rule\n@loss_rule\ndef rule(student, retain, forget):\n"
         "    return student(retain.images)\n",
+        "item.py": "class Item:\n    def unlearn_step(self, model, retain, forget, optimizer, step, epoch):\n"
+        "        return {'loss': model(retain[0]).sum().item()}\n",
         "endless.py": "def rule(context, *, cap: float = float('inf')):\n    pass\n",
         "starless.py": "from jaxunlearn.methods.rule import loss_rule\n@loss_rule\n"
         "def rule(student, retain, forget, weight=1.0):\n    return 0.0\n",

@@ -13,10 +13,15 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("tiny_models")
-def test_the_readmes_rule_is_a_rule(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "second_thoughts.py").write_text(code)
-    method = get_method(str(tmp_path / "second_thoughts.py"), {"weight": "0.5"})
+@pytest.mark.parametrize(
+    ("index", "file", "settings"),
+    [(0, "second_thoughts.py", {"weight": "0.5"}), (1, "away.py", {"forget_epochs": "1"})],
+)
+def test_the_readmes_rules_are_rules(tmp_path, index, file, settings):
+    codes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(codes) == 2
+    (tmp_path / file).write_text(codes[index])
+    method = get_method(str(tmp_path / file), settings)
     with jax.set_mesh(mesh_of()):
         make_unlearning(method, PROTOCOL, mesh_of())  # checks it against the contract
 

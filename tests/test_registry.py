@@ -80,6 +80,42 @@ def test_a_users_loss_is_a_method(tmp_path):
     assert_close(state.batch_stats, forward(RETAIN.images, forward(FORGET.images)[1])[1], 1e-5)
 
 
+CLASS = """
+from __future__ import annotations
+import dataclasses
+from jaxunlearn.torch_style import UnlearningMethod
+
+@dataclasses.dataclass
+class Mine(UnlearningMethod):
+    weight: float = 0.5
+    epochs: int = 2
+
+    def unlearn_step(self, model, retain_batch, forget_batch, optimizer, step, epoch):
+        return {"loss": self.weight}
+"""
+
+
+def test_a_users_class_is_a_method(tmp_path):
+    (tmp_path / "my_class.py").write_text(CLASS)
+    method = get_method(str(tmp_path / "my_class.py"), {"weight": "2"})
+    assert (method.name, method.hyperparameters) == ("my_class", {"weight": 2.0, "epochs": 2})
+    rule = build_rule(method, context())
+    *_, metrics = rule.step(model(1)[0], rule.init(*model(0), jax.random.key(3)), RETAIN, FORGET)
+    assert metrics["loss"] == 2
+
+
+def test_of_several_classes_a_file_names_one(tmp_path):
+    (tmp_path / "mine.py").write_text(CLASS + "class Other(Mine):\n    pass\n")
+    with refused("mine.py: Mine and Other have an `unlearn_step`: add `rule = as_rule"):
+        get_method(str(tmp_path / "mine.py"))
+    text = "from jaxunlearn.torch_style import as_rule\n" + "rule = as_rule(Other)"
+    (tmp_path / "mine.py").write_text(CLASS + "class Other(Mine):\n    weight: float = 0.75\n" + text)
+    assert get_method(str(tmp_path / "mine.py")).defaults["weight"] == 0.5
+
+
+ARGUMENTS = "class Mine:\n    def __init__(self, {}): pass\n    def unlearn_step(self): pass"
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
@@ -89,6 +125,12 @@ def test_a_users_loss_is_a_method(tmp_path):
         ("mine.py", "raise SystemExit(3)", "failed to import: SystemExit"),
         ("mine.py", "raise ValueError('a\\nb')", "failed to import: ValueError: a b"),
         ("mine.py", "def rules(context): pass", "the rule file defines no `rule`"),
+        ("mine.py", "class Mine: pass", "the rule file defines no `rule`, and no class with an `unlearn_step`"),
+        ("mine.py", "from jaxunlearn.torch_style import UnlearningMethod", "and no class with an `unlearn_step`"),
+        ("mine.py", ARGUMENTS.format("weight"), "'mine': hyperparameter 'weight' needs a default"),
+        ("mine.py", ARGUMENTS.format("weight=print"), "'mine': hyperparameter 'weight': its default must be"),
+        ("mine.py", ARGUMENTS.format("**settings"), r"write Mine.__init__\(self, hyperparameters with defaults\)"),
+        ("mine.py", ARGUMENTS.format("context=1"), "duplicate parameter name: 'context'"),
         ("mine.py", "rule = 3", "'mine': `rule` is not callable"),
         ("mine.py", "def rule(): pass", r"write rule\(context, \*, hyperparameters with defaults\)"),
         ("mine.py", "def rule(context, weight=1.0): pass", r"write rule\(context, \*, "),

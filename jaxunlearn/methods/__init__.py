@@ -1,4 +1,7 @@
-"""The unlearning rules by name. A rule's name is its file's: `scrub.py` here is `scrub`, `my/rule.py` is `rule`."""
+"""The unlearning rules by name. A rule's name is its file's: `scrub.py` here is `scrub`, `my/rule.py` is `rule`.
+
+A file has a module-level `rule` (see `rule.py` here), or one class of the PyTorch harness (`jaxunlearn.torch_style`).
+"""
 
 import ast
 import difflib
@@ -8,6 +11,7 @@ import inspect
 import json
 import math
 import pkgutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,11 +129,27 @@ def _load_file(path: Path) -> Any:
         raise UserError(f"{path}: no such rule file")
     spec = importlib.util.spec_from_file_location(f"jaxunlearn_rule_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look it up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: the rule file failed to import: {one_line(error)}") from error
-    if not hasattr(module, "rule"):
-        raise UserError(f"{path}: the rule file defines no `rule`")
-    return module.rule
+    if hasattr(module, "rule"):
+        return module.rule
+    classes = {
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "unlearn_step")
+    }
+    if len(classes) > 1:
+        several = " and ".join(sorted(cls.__name__ for cls in classes))
+        raise UserError(f"{path}: {several} have an `unlearn_step`: add `rule = as_rule(...)` of one of them")
+    if not classes:
+        raise UserError(f"{path}: the rule file defines no `rule`, and no class with an `unlearn_step`")
+    from jaxunlearn.torch_style import as_rule  # here: it is written with this package's `rule`
+
+    (cls,) = classes
+    try:
+        return as_rule(cls)
+    except Exception as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
