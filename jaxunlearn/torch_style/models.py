@@ -10,7 +10,7 @@ import jax
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.errors import UserError
 from jaxunlearn.models.network import Network, make_network
-from jaxunlearn.models.torch_weights import load_npz
+from jaxunlearn.models.torch_weights import load_weights
 
 PyTree = Any
 
@@ -98,7 +98,7 @@ jax.tree_util.register_pytree_node(
 
 
 def resnet20(*, num_classes: int = 10, weights: str | os.PathLike[str] | None = None, seed: int = 0) -> Model:
-    """ResNet-20 in train mode: from a file, an .npz of a PyTorch state_dict, or random.
+    """ResNet-20 in train mode: from a file of a PyTorch state_dict, or random.
 
     Raises UserError for a file that cannot be read or is not of this model.
     """
@@ -120,7 +120,7 @@ def _make(bench: str, num_classes: int, weights: str | os.PathLike[str] | None, 
     if weights is None:
         return Model(network, *network.initialise(key), Generator(key))
     params, batch_stats = jax.eval_shape(network.initialise, key)
-    variables = load_npz(weights, {"params": params, "batch_stats": batch_stats})
+    variables = load_weights(weights, {"params": params, "batch_stats": batch_stats})
     return Model(network, variables["params"], variables["batch_stats"], Generator(key))
 
 
