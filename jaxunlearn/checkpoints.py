@@ -1,42 +1,72 @@
-"""The cache of pretrained models: one entry a seed, written after every epoch, through Orbax.
+"""What a run keeps to go on from, through Orbax: one entry a model, `<cache>/<kind>/<name>-<key>/epoch<n>[-step<m>]`.
 
-`<cache>/pretrained/<model>-<dataset>-seed<k>-<key>/epoch<n>` is the state after n epochs; the same command goes on
-from it, and once n is the protocol's last epoch every later run starts there. A new epoch is written whole before the
-one it replaces goes.
+Entries of `pretrained` stay, so that later runs start there; those of `unlearning` go once a run has its records. A
+checkpoint appears whole or not at all, and is used only if its content has the digest that was written with it.
 """
 
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import time
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from orbax.checkpoint import v1 as ocp
 
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, Protocol
-from jaxunlearn.errors import one_line
+from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.methods import Method
 
-FORMAT = 1  # raise by hand when what a checkpoint means changes: older entries are then never used
+FORMAT = 2  # raise by hand when what a checkpoint means changes: older entries are then never used
+DISCARDED = ".discarded"
+
+Leaves = dict[str, np.ndarray]  # by place in the state, such as "params/conv1/kernel"
+
+
+class Position(NamedTuple):
+    """How far training is: whole epochs, then steps of the epoch after them."""
+
+    epoch: int
+    step: int
+
+    @property
+    def name(self) -> str:
+        """The name of a checkpoint's folder."""
+        return f"epoch{self.epoch:04d}" + (f"-step{self.step:06d}" if self.step else "")
 
 
 class Saved(NamedTuple):
-    """A state as it was saved: numpy leaves, without a seed axis."""
+    """A state as it was saved, without a seed axis."""
 
-    state: Any
-    epoch: int  # epochs done
-    seconds: float  # that all of them took
+    leaves: Leaves
+    position: Position
+    seconds: float  # that training up to here took
+    diverged: int | None  # the first step whose loss, or after which a weight, was not finite
 
 
 class Entry(NamedTuple):
-    """Where one seed's pretrained model is kept."""
+    """Where one seed's model is kept."""
 
     folder: Path
-    about: dict[str, Any]  # what the key was made of; written beside the state for people to read
+    about: dict[str, Any]  # JSON values that the key was made of; written beside the state
+
+    @property
+    def positions(self) -> set[Position]:
+        """Of all its checkpoints."""
+        names = (re.fullmatch(r"epoch(\d{4,})(?:-step(\d{6,}))?", path.name) for path in self.folder.glob("epoch*"))
+        return {Position(int(name[1]), int(name[2] or 0)) for name in names if name}
+
+    def path(self, position: Position) -> Path:
+        """Of a checkpoint."""
+        return self.folder / position.name
 
 
 def pretrain_entry(cache_dir: Path, protocol: Protocol, digest: str, seed: int, without: int | None = None) -> Entry:
@@ -46,48 +76,125 @@ def pretrain_entry(cache_dir: Path, protocol: Protocol, digest: str, seed: int, 
     throw hours of training away at every commit. `without` is the class left out (`retrain`).
     """
     fields = dataclasses.asdict(protocol)
-    about = {name: fields[name] for name in PRETRAIN_FIELDS}
-    about |= {"digest": digest, "seed": seed, "without": without, "format": FORMAT}
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    about = {name: fields[name] for name in PRETRAIN_FIELDS} | {"digest": digest, "seed": seed, "without": without}
     kind = "" if without is None else f"-without{without}"
-    name = f"{protocol.model}-{protocol.dataset}{kind}-seed{seed}-{key}"
-    return Entry(cache_dir.absolute() / "pretrained" / name, about)
+    return _entry(cache_dir / "pretrained", f"{protocol.model}-{protocol.dataset}{kind}-seed{seed}", about)
 
 
-def load(entry: Entry, abstract: Any) -> Saved | None:
-    """The newest saved state of `entry`, or None. `abstract` gives its structure, shapes and dtypes.
+def unlearn_entry(cache_dir: Path, protocol: Protocol, digest: str, seed: int, method: Method) -> Entry:
+    """The entry of a model that `method` is unlearning. A rule whose file has changed since starts afresh."""
+    about = dataclasses.asdict(protocol) | {"digest": digest, "seed": seed}
+    about |= {"method": method.name, "hyperparameters": method.hyperparameters, "source": method.source}
+    return _entry(cache_dir / "unlearning", f"{method.name}-{protocol.model}-{protocol.dataset}-seed{seed}", about)
+
+
+def _entry(parent: Path, name: str, about: dict[str, Any]) -> Entry:
+    text = json.dumps(about | {"format": FORMAT}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Entry(parent.absolute() / f"{name}-{key}", json.loads(text))
+
+
+@contextmanager
+def locked(entries: Sequence[Entry]) -> Iterator[None]:
+    """Keeps other processes from `entries`; waits, and says so, while one is at them. Ends with the process."""
+    with ExitStack() as stack:
+        # In the same order everywhere, or two processes could wait for each other.
+        for folder in sorted(entry.folder for entry in entries):
+            path = folder.parent.parent / "locks" / f"{folder.name}.lock"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                warnings.warn(f"another process is at {folder.name}: waiting for it to finish", stacklevel=2)
+                lock.acquire()
+            except NotImplementedError as error:
+                where = f"{path.parent} is on a file system without locks"
+                raise UserError(f"{where}: choose another --cache-dir") from error
+            stack.callback(lock.release)
+        yield
+
+
+def load_together(
+    entries: Sequence[Entry], abstract: dict[str, jax.ShapeDtypeStruct], end: Position
+) -> list[Saved | None]:
+    """What each entry goes on from. `abstract` has the shapes and dtypes of one state's leaves.
+
+    Entries that are trained together must go on together, or they would not end as if undisturbed: where a process
+    died while it saved some of them, all go back to the newest checkpoint that all have. What finished before, `end`
+    being all that is left of it, does not count. Call it while the entries are `locked`.
 
     A checkpoint that cannot be read is set aside under another name, with a warning, and the one before it is used.
     """
-    for path in sorted(entry.folder.glob("epoch[0-9][0-9][0-9][0-9]"), reverse=True):
-        try:
-            empty = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
-            metadata = ocp.metadata(path)
-            if _shapes(metadata.metadata) != _shapes(abstract):  # Orbax itself would cut or pad the arrays to fit
-                raise ValueError("it is of another model")
-            seconds = float(metadata.custom_metadata["seconds"])
-            return Saved(ocp.load(path, empty), int(path.name.removeprefix("epoch")), seconds)
-        except (MemoryError, PermissionError):
-            raise  # nothing is wrong with the checkpoint
-        except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-            aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
-            path.rename(aside)
-            warnings.warn(f"checkpoint {path} cannot be read ({one_line(error)}): moved to {aside.name}", stacklevel=2)
-    return None
+    for entry in entries:
+        for path in (*entry.folder.glob(f"*{DISCARDED}"), *entry.folder.glob("*.orbax-checkpoint-tmp*")):
+            shutil.rmtree(path, ignore_errors=True)  # what a dead process was writing or removing
+    while True:
+        have = [entry.positions for entry in entries]
+        unfinished = [positions for positions in have if positions != {end}]
+        common = set.intersection(*unfinished) if unfinished else set()
+        chosen = [max(common) if common and positions != {end} else max(positions, default=None) for positions in have]
+        loaded = [
+            None if position is None else load(entry, position, abstract)
+            for entry, position in zip(entries, chosen, strict=True)
+        ]
+        if [saved and saved.position for saved in loaded] == chosen:
+            for entry, position in zip(entries, chosen, strict=True):
+                discard(entry, but=position)
+            return loaded
 
 
-def _shapes(tree: Any) -> set[tuple[Any, ...]]:
-    """Every leaf's place, shape and dtype; a named tuple's field counts as a dict's key, as in Orbax's metadata."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {(jax.tree_util.keystr(path, simple=True, separator="/"), *x.shape, str(x.dtype)) for path, x in leaves}
+def load(entry: Entry, position: Position, abstract: dict[str, jax.ShapeDtypeStruct]) -> Saved | None:
+    """A checkpoint; None, once it is set aside with a warning, where it is not what was written or of another model."""
+    path = entry.path(position)
+    try:
+        metadata = ocp.metadata(path)
+        if {name: (x.shape, x.dtype) for name, x in (metadata.metadata or {}).items()} != {
+            name: (x.shape, x.dtype) for name, x in abstract.items() if x.size
+        }:  # Orbax itself would cut or pad the arrays to fit
+            raise ValueError("it is of another model")
+        about = metadata.custom_metadata or {}
+        leaves = ocp.load(path, {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if x.size})
+        leaves |= {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if not x.size}
+        saved = Saved(leaves, position, about.get("seconds", 0.0), about.get("diverged"))
+        if about.get("digest") != _digest(entry, saved):
+            raise ValueError("it is not what was written")
+        return saved
+    except (MemoryError, PermissionError):
+        raise  # nothing is wrong with the checkpoint
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        path.rename(aside)
+        warnings.warn(f"checkpoint {path} cannot be used ({one_line(error)}): moved to {aside.name}", stacklevel=2)
+        return None
 
 
-def save(entry: Entry, saved: Saved) -> None:
-    """Writes `saved` and removes the epochs before it."""
-    leaves = jax.tree.map(np.asarray, saved.state)
-    path = entry.folder / f"epoch{saved.epoch:04d}"
-    metadata = {"seconds": saved.seconds, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    ocp.save(path, leaves, custom_metadata=entry.about | metadata, overwrite=True)
-    for older in entry.folder.glob("epoch[0-9][0-9][0-9][0-9]"):
-        if older.name < path.name:
-            shutil.rmtree(older, ignore_errors=True)  # another process may be at it too
+def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
+    """Writes one state an entry, then removes what those replace. Raises what Orbax does where it cannot."""
+    for entry, one in zip(entries, saved, strict=True):
+        written = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
+        made_by = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
+        ocp.save(entry.path(one.position), leaves, custom_metadata=entry.about | written | made_by, overwrite=True)
+    for entry, one in zip(entries, saved, strict=True):
+        discard(entry, but=one.position)
+
+
+def discard(entry: Entry, but: Position | None = None) -> None:
+    """Removes every checkpoint of an entry `but` one; the entry itself where none is left."""
+    for position in entry.positions - {but}:
+        # Renamed first: a process that dies in between must not leave half a checkpoint.
+        path = entry.path(position)
+        shutil.rmtree(path.rename(path.with_name(path.name + DISCARDED)), ignore_errors=True)
+    if entry.folder.exists() and not any(entry.folder.iterdir()):
+        entry.folder.rmdir()
+
+
+def _digest(entry: Entry, saved: Saved) -> str:
+    """SHA-256 of all that a checkpoint means."""
+    about = [entry.about, saved.position, saved.seconds, saved.diverged]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, leaf in sorted(saved.leaves.items()):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from jaxunlearn.sharding import over_seeds, place_shared
 # 4.5 GB for MobileNetV2 with 256 images.
 IN_FLIGHT = 1
 
+# (steps of the epoch that are done, metrics [S, steps] of the last ones, ready)
+Report = Callable[[int, dict[str, jax.Array]], None]
+
 # (carry, seeded, shared, epoch, index) -> (carry, metrics), for one seed; `sizes` are the step's batch sizes.
 Step = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
@@ -34,6 +37,15 @@ class Chunk(NamedTuple):
     start: int
     length: int
     sizes: tuple[int, ...]
+
+
+class Keeper(Protocol):
+    """What is asked after every dispatch whether it is due to `keep` the carry."""
+
+    def due(self) -> bool: ...
+
+    def keep(self, done: int, carry: Any, metrics: dict[str, np.ndarray]) -> None:
+        """Gets the carry after `done` steps of the epoch, ready, and what `EpochLoop.run` would return beside it."""
 
 
 class Timing(dict[str, float]):
@@ -117,34 +129,45 @@ class EpochLoop:
         shared: Any,
         epoch: int,
         plan: list[Chunk],
-        report: Callable[[int, dict[str, jax.Array]], None] = lambda done, metrics: None,
+        report: Report = lambda done, metrics: None,
+        first: int = 0,
+        keeper: Keeper | None = None,
     ) -> tuple[Any, dict[str, np.ndarray]]:
-        """One epoch. `carry` is donated; the others are only read. `report(steps done, metrics)` gets ready metrics.
+        """One epoch, from step `first` on. `carry` is donated; the others are only read.
 
-        Returns (carry, metrics f32[seeds, steps]).
+        Returns (carry, metrics f32[seeds, steps from `first` on]).
         """
         queue: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         outputs: list[dict[str, jax.Array]] = []
-        for start, length, sizes in self._dispatches(plan):
+
+        def wait(behind: int) -> None:
+            while len(queue) > behind:
+                done, ready = queue.popleft()
+                report(done, jax.block_until_ready(ready))
+
+        def fetch() -> dict[str, np.ndarray]:
+            fetched = jax.device_get(outputs)
+            return {name: np.concatenate([m[name] for m in fetched], axis=1) for name in fetched[0]}
+
+        for start, length, sizes in self._dispatches(plan, first):
             now = place_shared((np.int32(epoch), np.int32(start)), self._mesh)
             carry, metrics = self._program(sizes, length)(carry, seeded, shared, now)
             outputs.append(metrics)
             queue.append((start + length, metrics))
-            if len(queue) > IN_FLIGHT:
-                done, ready = queue.popleft()
-                report(done, jax.block_until_ready(ready))
-        while queue:
-            done, ready = queue.popleft()
-            report(done, jax.block_until_ready(ready))
-        fetched = jax.device_get(outputs)
-        return carry, {name: np.concatenate([m[name] for m in fetched], axis=1) for name in fetched[0]}
+            wait(IN_FLIGHT)
+            if keeper and keeper.due():
+                wait(0)
+                keeper.keep(start + length, jax.block_until_ready(carry), fetch())
+        wait(0)
+        return carry, fetch()
 
-    def _dispatches(self, plan: list[Chunk]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        for chunk in plan:
-            if scans():
-                yield chunk
-            else:
-                yield from ((chunk.start + i, 1, chunk.sizes) for i in range(chunk.length))
+    def _dispatches(self, plan: list[Chunk], first: int) -> Iterator[Chunk]:
+        for start, length, sizes in plan:
+            begin, end = max(start, first), start + length
+            if scans() and begin < end:
+                yield Chunk(begin, end - begin, sizes)
+            elif not scans():
+                yield from (Chunk(step, 1, sizes) for step in range(begin, end))
 
     def _program(self, sizes: tuple[int, ...], length: int) -> Compiled:
         """The program of `length` steps of these `sizes`."""

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-REFRESH_SECONDS = 1.0  # how often a value is read from the device
+from jaxunlearn.loop import Report
 
-Report = Callable[[int, dict[str, jax.Array]], None]
+REFRESH_SECONDS = 1.0  # how often a value is read from the device
 
 
 class Reporter:
@@ -26,7 +25,7 @@ class Reporter:
     def task(
         self, title: str, epochs: int, steps: int, images: int, first: int = 0
     ) -> Iterator[Callable[[int], Report]]:
-        """A bar over `epochs` epochs of `steps` steps and `images` images each, of which `first` are done.
+        """A bar over `epochs` epochs of `steps` steps and `images` images each, of which `first` steps are done.
 
         Yields a function of the epoch that makes the loop's `report`.
         """
@@ -39,7 +38,7 @@ class Reporter:
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         with Progress(*columns, console=Console(stderr=True), disable=not self.shows, transient=True) as bar:
-            shown = bar.add_task(title, total=epochs * steps, completed=first * steps, text="compiling")
+            shown = bar.add_task(title, total=epochs * steps, completed=first, text="compiling")
             last = time.monotonic()
             start: tuple[float, int] | None = None  # the first report: what came before was compilation
 

@@ -3,7 +3,8 @@
 import dataclasses
 import datetime
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxunlearn import records
 from jaxunlearn.benchmarks import Protocol, get_benchmark, validate
-from jaxunlearn.checkpoints import pretrain_entry
+from jaxunlearn.checkpoints import Entry, discard, locked, pretrain_entry, unlearn_entry
 from jaxunlearn.data.batches import Images, resize
 from jaxunlearn.data.datasets import DATASETS, ImageSet, load
 from jaxunlearn.errors import UserError
@@ -21,15 +22,19 @@ from jaxunlearn.evaluation import Evaluator
 from jaxunlearn.files import check_writable
 from jaxunlearn.loop import Timing, batch_sizes
 from jaxunlearn.methods import RETRAIN, Method
+from jaxunlearn.metrics import diverged_metrics
 from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
-from jaxunlearn.pretrained import Models, given, train_or_load
+from jaxunlearn.pretrained import Models, given
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.sharding import make_mesh, place_shared
+from jaxunlearn.resuming import Start, train
+from jaxunlearn.sharding import make_mesh, place_seeds, place_shared
 from jaxunlearn.training import Pretraining
 from jaxunlearn.unlearning import Split, Unlearning
+
+COLLAPSE = 0.1  # of the accuracy on the retained classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Request:
     init_weights: Path | None = None
     export_weights: Path | None = None
     devices: int | None = None
+    save_every: float = 120.0  # seconds between two checkpoints
     force: bool = False
 
     def record_path(self, method: Method, seed: int) -> Path:
@@ -100,17 +106,15 @@ class Run:
             self.pretrain_images = sum(every) * protocol.pretrain_epochs
             self.retrain_steps = len(retained) * protocol.pretrain_epochs
             self.unlearnings = {
-                method.name: Unlearning(
-                    method, self.network, protocol, dataset.num_classes, self.train, self.split, self.mesh, self.timing
-                )
+                method.name: self._make_unlearning(method, self.mesh)
                 for method in request.methods
                 if method.name != RETRAIN
             }
 
     def results(self) -> Iterator[tuple[dict[str, Any], str | None]]:
         """Runs every method; yields each record once it is written, and a warning where something was not."""
-        request = self.request
-        with jax.set_mesh(self.mesh):
+        request, unfinished = self.request, list[Entry]()
+        with jax.set_mesh(self.mesh), ExitStack() as locks:
             pretrained = self.given or self._train_or_load(without=None)
             with self.timing("evaluate_s"):
                 before = self.evaluator.metrics(pretrained.params, pretrained.batch_stats, self.keys)
@@ -121,15 +125,17 @@ class Run:
                     models = self._train_or_load(without=request.protocol.forget_class)
                     steps = self.retrain_steps
                 else:
-                    models = self._unlearn(method.name, pretrained)
+                    unfinished += (entries := self._unlearn_entries(method))
+                    locks.enter_context(locked(entries))
+                    models = self._unlearn(method, entries, pretrained)
                     steps = self.unlearnings[method.name].steps_per_epoch * request.protocol.unlearn_epochs
                 with self.timing("evaluate_s"):
                     after = self.evaluator.metrics(models.params, models.batch_stats, self.keys)
-                for i, seed in enumerate(request.seeds):
-                    record = self._record(
-                        method, seed, before[i], after[i], pretrained.seconds[i], models.seconds[i], steps, common
-                    )
+                for i in range(len(request.seeds)):
+                    record = self._record(method, i, before[i], after[i], pretrained, models, steps, common)
                     yield record, self._keep(method, i, record, models)
+            for entry in unfinished:  # only now: after an interruption the methods that are done are not redone
+                discard(entry)
 
     def _keep(self, method: Method, index: int, record: dict[str, Any], models: Models) -> str | None:
         """Writes one seed's record and, if asked to, its model. Returns a warning where one of them was not written."""
@@ -151,53 +157,76 @@ class Run:
             pretrain_entry(request.cache_dir, request.protocol, self.digest, seed, without) for seed in request.seeds
         ]
 
-        def make_pretraining(num_seeds: int) -> Pretraining:
-            mesh = make_mesh(num_seeds, self.mesh.size)
-            return Pretraining(self.network, request.protocol, self.train, indices, mesh, self.timing)
+        def start(group: list[int]) -> Start:
+            mesh = make_mesh(len(group), self.mesh.size)
+            pretraining = Pretraining(self.network, request.protocol, self.train, indices, mesh, self.timing)
+            return Start(pretraining, lambda: pretraining.start(seed_keys([request.seeds[i] for i in group])))
 
-        title = "pretrain" if without is None else RETRAIN
-        return train_or_load(make_pretraining, entries, request.seeds, self.mesh, self.reporter, title)
+        with locked(entries):
+            return self._to_the_end(start, entries, "pretrain" if without is None else RETRAIN)
 
-    def _unlearn(self, name: str, pretrained: Models) -> Models:
-        unlearning, count = self.unlearnings[name], len(self.request.seeds)
-        carry = unlearning.start(pretrained.params, pretrained.batch_stats, self.keys)
-        images = unlearning.images_per_epoch * count
-        with (
-            self.reporter.task(name, unlearning.epochs, unlearning.steps_per_epoch, images) as report,
-            self.timing("unlearn_s"),
-        ):
-            for epoch in range(unlearning.epochs):
-                carry, _ = unlearning.epoch(carry, self.keys, epoch, report(epoch))
-        return Models(carry.params, carry.batch_stats, [self.timing["unlearn_s"] / count] * count)
+    def _unlearn(self, method: Method, entries: Sequence[Entry], pretrained: Models) -> Models:
+        if None not in pretrained.diverged:
+            return pretrained._replace(seconds=[0.0] * len(self.keys))
+
+        def start(group: list[int]) -> Start:
+            unlearning = self.unlearnings[method.name]
+            if len(group) < len(self.keys):
+                unlearning = self._make_unlearning(method, make_mesh(len(group), self.mesh.size))
+            chosen = np.asarray(group)
+            models = place_seeds(
+                jax.tree.map(lambda x: x[chosen], (pretrained.params, pretrained.batch_stats)), unlearning.mesh
+            )
+            return Start(unlearning, lambda: unlearning.start(models[0], models[1], self.keys[chosen]))
+
+        return self._to_the_end(start, entries, method.name)
+
+    def _to_the_end(self, start: Callable[[list[int]], Start], entries: Sequence[Entry], title: str) -> Models:
+        request = self.request
+        trained = train(start, entries, request.seeds, self.mesh, self.reporter, title, request.save_every)
+        return Models(trained.state.params, trained.state.batch_stats, trained.seconds, trained.diverged)
+
+    def _make_unlearning(self, method: Method, mesh: jax.sharding.Mesh) -> Unlearning:
+        num_classes = DATASETS[self.request.protocol.dataset].num_classes
+        return Unlearning(
+            method, self.network, self.request.protocol, num_classes, self.train, self.split, mesh, self.timing
+        )
+
+    def _unlearn_entries(self, method: Method) -> list[Entry]:
+        request = self.request
+        return [unlearn_entry(request.cache_dir, request.protocol, self.digest, seed, method) for seed in request.seeds]
 
     def _record(
         self,
         method: Method,
-        seed: int,
+        index: int,
         before: dict[str, Any],
         after: dict[str, Any],
-        pretrain_s: float,
-        unlearn_s: float,
+        pretrained: Models,
+        models: Models,
         steps: int,
         common: dict[str, float],
     ) -> dict[str, Any]:
         request, count = self.request, len(self.request.seeds)
+        pretrain_s, unlearn_s = pretrained.seconds[index], models.seconds[index]
+        diverged_at = diverged(pretrained.diverged[index], models.diverged[index], after)
         timing = {
             "data_s": common["data_s"],
             "compile_s": common.get("compile_s", 0.0) + self.timing.get("compile_s", 0.0),
             "pretrain_s": pretrain_s,
             "unlearn_s": unlearn_s,
             "evaluate_s": self.timing["evaluate_s"] / count,
+            "checkpoint_s": (common.get("checkpoint_s", 0.0) + self.timing.get("checkpoint_s", 0.0)) / count,
         }
         throughput = {
             "pretrain_images_per_s": self.pretrain_images / pretrain_s if pretrain_s else None,
-            "unlearn_steps_per_s": steps / unlearn_s,
+            "unlearn_steps_per_s": steps / unlearn_s if unlearn_s else None,
         }
         return {
             "bench": request.bench,
             "method": method.name,
-            "seed": seed,
-            **after,
+            "seed": request.seeds[index],
+            **(diverged_metrics() if diverged_at else after),
             "before": before,
             "unlearn_steps": steps,
             "protocol": dataclasses.asdict(request.protocol),
@@ -205,9 +234,25 @@ class Run:
             "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
             "throughput": {name: rate and round(rate, 3) for name, rate in throughput.items()},
             "environment": records.environment() | {"device_count": self.mesh.size},
-            "status": "diverged" if after["retain_acc"] is None else "ok",
+            "status": "ok" if diverged_at is None else "diverged",
+            "diverged_at": diverged_at,
+            "collapsed": has_collapsed(before, after),
             "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+
+
+def diverged(pretraining: int | None, unlearning: int | None, after: dict[str, Any]) -> dict[str, Any] | None:
+    """Where a seed's run ended early: `phase`, and `step` of it, from 0; None where it did not."""
+    for phase, step in (("pretrain", pretraining), ("unlearn", unlearning)):
+        if step is not None:
+            return {"phase": phase, "step": step}
+    return {"phase": "evaluate", "step": None} if after["retain_acc"] is None else None
+
+
+def has_collapsed(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether unlearning cost more than `COLLAPSE` of the accuracy on the retained classes."""
+    both = before["retain_acc"], after["retain_acc"]
+    return None not in both and both[0] - both[1] > COLLAPSE
 
 
 def limited(images: ImageSet, num_classes: int, limit: int | None) -> ImageSet:

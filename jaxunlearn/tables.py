@@ -23,7 +23,8 @@ class Row(NamedTuple):
     method: str
     variant: str  # 'name=value ...' of the hyperparameters that are not the method's defaults, else ''
     seeds: int
-    diverged: int  # seeds of them whose logits were not finite: counted, never averaged
+    diverged: int  # seeds of them that diverged: counted, never averaged
+    collapsed: int  # seeds of them that lost more than ten points on the retained classes: counted and averaged
     mean: dict[str, float]  # by metric, over the seeds that did not diverge; empty if all did
     std: dict[str, float]  # sample standard deviation (n - 1); empty below two such seeds
     seconds: float | None  # mean over all seeds, unlearning and evaluation
@@ -132,6 +133,7 @@ def _row(method: str, variant: str, metrics: Sequence[Mapping[str, Any]], second
         variant=variant,
         seeds=len(metrics),
         diverged=len(metrics) - len(finite),
+        collapsed=sum(values.get("collapsed", False) for values in metrics),
         mean={name: statistics.fmean(column) for name, column in columns.items()} if finite else {},
         std={name: statistics.stdev(column) for name, column in columns.items()} if len(finite) > 1 else {},
         seconds=seconds,
@@ -147,8 +149,9 @@ def _cells(row: Row, plus_minus: str, joint: str, starred: Sequence[Row]) -> lis
         cells.append(cell + (f"{plus_minus}{row.std[name]:.4f}" if row.std else ""))
     if row.diverged == row.seeds:
         cells[1] = "diverged"
-    counted = f"{row.diverged} of {row.seeds}{joint}diverged" if row.diverged else str(row.seeds)
-    return [*cells, counted, "-" if row.seconds is None else f"{row.seconds:.1f}"]
+    states = [(row.diverged, "diverged"), (row.collapsed, "collapsed")]
+    counted = joint.join(f"{count} of {row.seeds}{joint}{state}" for count, state in states if count)
+    return [*cells, counted or str(row.seeds), "-" if row.seconds is None else f"{row.seconds:.1f}"]
 
 
 def _table(columns: Iterable[str], lines: Iterable[Sequence[str]], joint: str) -> Table:

@@ -13,7 +13,7 @@ import optax
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images, augmented_batch, epoch_order
-from jaxunlearn.loop import Compiled, EpochLoop, Timing, batch_sizes, chunks
+from jaxunlearn.loop import Compiled, EpochLoop, Keeper, Report, Timing, batch_sizes, chunks
 from jaxunlearn.methods.rule import accuracy, cross_entropy
 from jaxunlearn.models.network import Network
 from jaxunlearn.randomness import Stream, step_keys, stream_key
@@ -61,7 +61,7 @@ class Pretraining:
         self.mesh, self.epochs = mesh, protocol.pretrain_epochs
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(sizes)
         self._plan = chunks([(size,) for size in sizes])
-        self._data, self._timing = place_shared(data, mesh), timing
+        self._data, self.timing = place_shared(data, mesh), timing
         self._indices = place_shared(indices.astype(np.int32), mesh)
         self._loop = EpochLoop(_train_step(network, optimizer, protocol), mesh, timing)
 
@@ -80,29 +80,29 @@ class Pretraining:
 
     def start(self, keys: jax.Array) -> TrainState:
         """Fresh states for keys[S], the seed axis in front."""
-        with self._timing("compile_s"):  # small programs: what they take is their compilation
+        with self.timing("compile_s"):  # small programs: what they take is their compilation
             return jax.block_until_ready(self._start(place_seeds(keys, self.mesh), None))
 
     def abstract(self) -> TrainState:
         """Shapes and dtypes of one seed's state."""
         return jax.eval_shape(self._start_one, jax.eval_shape(jax.random.key, 0), None)
 
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds spent on compilation so far: not training time."""
-        return self._timing.get("compile_s", 0.0)
-
     def epoch(
         self,
         state: TrainState,
         keys: jax.Array,
         epoch: int,
-        report: Callable[[int, dict[str, jax.Array]], None] = lambda done, metrics: None,
+        report: Report = lambda done, metrics: None,
+        first: int = 0,
+        keeper: Keeper | None = None,
     ) -> tuple[TrainState, dict[str, np.ndarray]]:
-        """One epoch of all seeds; `state` is donated. Returns (state, metrics f32[S, steps]: loss, accuracy)."""
+        """One epoch of all seeds from step `first` on; `state` is donated.
+
+        Returns (state, metrics f32[S, steps from `first` on]: loss, accuracy).
+        """
         keys = place_seeds(keys, self.mesh)
         drawn = self._draw(keys, (self._indices, place_shared(np.int32(epoch), self.mesh)))
-        return self._loop.run(state, drawn, self._data, epoch, self._plan, report)
+        return self._loop.run(state, drawn, self._data, epoch, self._plan, report, first, keeper)
 
 
 def _train_step(network: Network, optimizer: optax.GradientTransformation, protocol: Protocol) -> Callable[..., Any]:

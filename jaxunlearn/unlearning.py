@@ -12,7 +12,7 @@ import optax
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
 from jaxunlearn.errors import UserError, one_line
-from jaxunlearn.loop import Chunk, Compiled, EpochLoop, Timing, batch_sizes, chunks
+from jaxunlearn.loop import Chunk, Compiled, EpochLoop, Keeper, Report, Timing, batch_sizes, chunks
 from jaxunlearn.methods import Method, build_rule
 from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
 from jaxunlearn.models.network import Network
@@ -98,10 +98,11 @@ class Unlearning:
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(map(sum, sizes))
         self.epochs = protocol.unlearn_epochs
         self._plan: list[Chunk] = chunks(sizes)  # type: ignore[arg-type]
-        self._protocol, self._mesh, self._timing = protocol, mesh, timing
+        self._protocol, self.mesh, self.timing = protocol, mesh, timing
         self._data = place_shared(data, mesh)
         self._split = place_shared(Split(*(part.astype(np.int32) for part in split)), mesh)
         context = make_context(network, protocol, num_classes, len(sizes))
+        self._initialise = network.initialise
         self._name, self._rule = method.name, build_rule(method, context)
         check_rule(method, self._rule, context)
         forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last, "forget"))
@@ -120,20 +121,26 @@ class Unlearning:
     def start(self, params: Any, batch_stats: Any, keys: jax.Array) -> Carry:
         """The state before the first step. The models given, the seed axis in front, are left as they are."""
 
-        def init(own: tuple[Any, Any, jax.Array], shared: None) -> Carry:
-            params, batch_stats, key = own
-            state = self._rule.init(params, batch_stats, stream_key(key, Stream.RULE))
-            # Copies, because the loop donates: a teacher must not share its buffers with the student.
-            return jax.tree.map(jnp.copy, Carry(params, state.batch_stats, state.opt_state, state.extra))
-
-        with self._timing("compile_s"):
-            carry = jax.jit(over_seeds(init, self._mesh))((params, batch_stats, place_seeds(keys, self._mesh)), None)
+        with self.timing("compile_s"):
+            carry = jax.jit(over_seeds(self._init, self.mesh))(
+                (params, batch_stats, place_seeds(keys, self.mesh)), None
+            )
             jax.block_until_ready(carry)
         if self._rule.prepare is None:
             return carry
-        with self._timing("unlearn_s"):
-            prepared = [self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i]) for i in range(len(keys))]
-        return place_seeds(jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared), self._mesh)
+        prepared = [self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i]) for i in range(len(keys))]
+        return place_seeds(jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared), self.mesh)
+
+    def abstract(self) -> Carry:
+        """Shapes and dtypes of one seed's state."""
+        key = jax.eval_shape(jax.random.key, 0)
+        return jax.eval_shape(self._init, (*jax.eval_shape(self._initialise, key), key), None)
+
+    def _init(self, own: tuple[Any, Any, jax.Array], shared: None) -> Carry:
+        params, batch_stats, key = own
+        state = self._rule.init(params, batch_stats, stream_key(key, Stream.RULE))
+        # Copies, because the loop donates: a teacher must not share its buffers with the student.
+        return jax.tree.map(jnp.copy, Carry(params, state.batch_stats, state.opt_state, state.extra))
 
     def _prepare(self, carry: Carry, key: jax.Array) -> Carry:
         assert self._rule.prepare is not None
@@ -152,12 +159,17 @@ class Unlearning:
         carry: Carry,
         keys: jax.Array,
         epoch: int,
-        report: Callable[[int, dict[str, jax.Array]], None] = lambda done, metrics: None,
+        report: Report = lambda done, metrics: None,
+        first: int = 0,
+        keeper: Keeper | None = None,
     ) -> tuple[Carry, dict[str, np.ndarray]]:
-        """One epoch of all seeds; `carry` is donated. Returns (carry, the rule's metrics f32[S, steps])."""
-        keys = place_seeds(keys, self._mesh)
-        drawn = self._draw(keys, (self._split, place_shared(np.int32(epoch), self._mesh)))
-        return self._loop.run(carry, drawn, self._data, epoch, self._plan, report)
+        """One epoch of all seeds from step `first` on; `carry` is donated.
+
+        Returns (carry, the rule's metrics f32[S, steps from `first` on]).
+        """
+        keys = place_seeds(keys, self.mesh)
+        drawn = self._draw(keys, (self._split, place_shared(np.int32(epoch), self.mesh)))
+        return self._loop.run(carry, drawn, self._data, epoch, self._plan, report, first, keeper)
 
 
 def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_batches: int) -> Callable[..., Any]:

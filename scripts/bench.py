@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -112,6 +113,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     where.add_argument(
         "--devices", type=int, metavar="N", help="how many devices; on a CPU, makes that many host devices"
+    )
+    where.add_argument(
+        "--save-every",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="seconds between two checkpoints of what is training (default: %(default)g)",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--force", action="store_true", help="overwrite records")
@@ -220,6 +228,7 @@ def run(args: argparse.Namespace) -> int:
         init_weights=args.init_weights,
         export_weights=args.export_weights,
         devices=args.devices,
+        save_every=args.save_every,
         force=args.force,
     )
     prepared = Run(request, Reporter(args.quiet))
@@ -250,10 +259,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on after the last finished epoch of pretraining", file=sys.stderr)
+        print("interrupted: the same command goes on from here", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
     restart_with_huge_pages()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,37 +1,57 @@
-"""The cache of pretrained models: what a key depends on, round trips, damage."""
+"""The cache of models: what a key depends on, round trips, damage, what a group of seeds goes on from."""
 
 import dataclasses
+import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxunlearn import checkpoints
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, get_benchmark
-from jaxunlearn.checkpoints import Saved, load, pretrain_entry, save
+from jaxunlearn.checkpoints import Position, Saved, discard, load_together, locked, pretrain_entry, save_together
+from jaxunlearn.methods import get_method
 
 PROTOCOL = get_benchmark("resnet20-cifar10-class0")
-STATE = {
-    "params": {"layer1.0.conv1": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}},
+LEAVES = {
+    "params/layer1.0.conv1/kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
     "count": np.asarray(7, np.int32),
+    "extra/low": np.asarray([1.5, -2], ml_dtypes.bfloat16),
+    "extra/none": np.zeros((0, 3), np.float32),
+    "extra/mask": np.asarray([True, False]),
 }
-ABSTRACT = jax.eval_shape(lambda: STATE)
+ABSTRACT = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in LEAVES.items()}
+END = Position(9, 0)
 
 
 def entry(folder, protocol=PROTOCOL, digest="d", seed=42, without=None):
     return pretrain_entry(folder, protocol, digest, seed, without)
 
 
-def test_round_trip_keeps_values_and_removes_older_epochs(tmp_path):
-    for epoch in (1, 2):
-        save(entry(tmp_path), Saved(jax.tree.map(lambda x, e=epoch: x + e, STATE), epoch, 1.5 * epoch))
-    saved = load(entry(tmp_path), ABSTRACT)
-    assert (saved.epoch, saved.seconds) == (2, 3.0)
-    jax.tree.map(np.testing.assert_array_equal, saved.state, jax.tree.map(lambda x: x + 2, STATE))
-    assert [path.name for path in entry(tmp_path).folder.iterdir()] == ["epoch0002"]
+def saved(epoch, step=0, diverged=None):
+    leaves = {name: np.array(leaf if leaf.dtype == bool else leaf + epoch, leaf.dtype) for name, leaf in LEAVES.items()}
+    return Saved(leaves, Position(epoch, step), 1.5 * epoch, diverged)
+
+
+def assert_same(one, other):
+    assert one[1:] == other[1:] and one.leaves.keys() == other.leaves.keys()
+    for name, leaf in one.leaves.items():
+        np.testing.assert_array_equal(leaf, other.leaves[name], strict=True)
+
+
+def test_round_trip_keeps_everything_and_removes_what_it_replaces(tmp_path):
+    for one in (saved(1), saved(2), saved(2, 30, diverged=17)):
+        save_together([entry(tmp_path)], [one])
+        (again,) = load_together([entry(tmp_path)], ABSTRACT, END)
+        assert_same(again, one)
+        assert [path.name for path in entry(tmp_path).folder.iterdir()] == [one.position.name]
+    discard(entry(tmp_path))
+    assert not entry(tmp_path).folder.exists()
 
 
 def test_nothing_saved_is_none(tmp_path):
-    assert load(entry(tmp_path), ABSTRACT) is None
+    assert load_together([entry(tmp_path)], ABSTRACT, END) == [None]
 
 
 def test_key_depends_on_what_pretraining_reads_and_on_nothing_else(tmp_path):
@@ -48,19 +68,129 @@ def test_key_depends_on_what_pretraining_reads_and_on_nothing_else(tmp_path):
     assert len(folders) == 5
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "shape"])
+def test_another_format_is_never_reused(tmp_path, monkeypatch):
+    save_together([entry(tmp_path)], [saved(3)])
+    monkeypatch.setattr(checkpoints, "FORMAT", checkpoints.FORMAT + 1)
+    assert load_together([entry(tmp_path)], ABSTRACT, END) == [None]
+
+
+def test_unlearning_depends_on_the_rule_and_its_file(tmp_path):
+    rule = tmp_path / "mine.py"
+
+    def folder(text, protocol=PROTOCOL, **settings):
+        rule.write_text("def rule(context, *, a: float = 1.0): ...\n" + text)
+        return checkpoints.unlearn_entry(tmp_path, protocol, "d", 1, get_method(str(rule), settings)).folder
+
+    changed = dataclasses.replace(PROTOCOL, unlearn_lr=1.0)
+    folders = [folder(""), folder("# new\n"), folder("", a="2"), folder("", changed), folder("")]
+    assert len(set(folders)) == 4 and folders[0] == folders[-1]
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def damage_truncate(folder):
+    largest = max(files(folder), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:20])
+
+
+def damage_empty(folder):
+    for path in files(folder):
+        path.unlink()
+
+
+def damage_foreign(folder):
+    """A whole checkpoint, of another seed."""
+    other = entry(folder.parent.parent.parent, seed=1)
+    save_together([other], [saved(3)])
+    shutil.rmtree(folder)
+    shutil.copytree(other.path(Position(3, 0)), folder)
+
+
+def damage_other_place(folder):
+    """It says that it is further than it is."""
+    folder.rename(folder.with_name(Position(4, 0).name))
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_empty, damage_foreign, damage_other_place])
 def test_damaged_checkpoint_is_set_aside_not_used_not_deleted(tmp_path, damage):
-    save(entry(tmp_path), Saved(STATE, 3, 1.0))
-    abstract = ABSTRACT
-    files = [path for path in (entry(tmp_path).folder / "epoch0003").rglob("*") if path.is_file()]
-    if damage == "truncate":
-        largest = max(files, key=lambda path: path.stat().st_size)
-        largest.write_bytes(largest.read_bytes()[:20])
-    elif damage == "empty":
-        for path in files:
-            path.unlink()
-    else:
-        abstract = ABSTRACT | {"params": {"layer1.0.conv1": {"kernel": jax.ShapeDtypeStruct((5, 5), np.float32)}}}
-    with pytest.warns(UserWarning, match="cannot be read"):
-        assert load(entry(tmp_path), abstract) is None
-    assert [path.name for path in entry(tmp_path).folder.glob("epoch0003.damaged-*")]
+    save_together([entry(tmp_path)], [saved(3)])
+    damage(entry(tmp_path).path(Position(3, 0)))
+    with pytest.warns(UserWarning, match="cannot be used"):
+        assert load_together([entry(tmp_path)], ABSTRACT, END) == [None]
+    assert list(entry(tmp_path).folder.glob("epoch000*.damaged-*"))
+
+
+def test_checkpoint_of_another_shape_is_set_aside(tmp_path):
+    save_together([entry(tmp_path)], [saved(3)])
+    abstract = ABSTRACT | {"count": jax.ShapeDtypeStruct((5, 5), np.int32)}
+    with pytest.warns(UserWarning, match="of another model"):
+        assert load_together([entry(tmp_path)], abstract, END) == [None]
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint:UserWarning")
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
+    """One bit in turn of every file: what comes back is what was saved, or nothing."""
+    rng, one = np.random.default_rng(0), saved(3)
+    save_together([entry(tmp_path)], [one])
+    path = entry(tmp_path).path(one.position)
+    shutil.copytree(path, tmp_path / "whole")
+    refused = 0
+    for file in [file for file in files(path) for _ in range(4)]:
+        content = bytearray(file.read_bytes())
+        if not content:
+            continue
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(content)
+        (again,) = load_together([entry(tmp_path)], ABSTRACT, END)
+        refused += again is None
+        if again:
+            assert_same(again, one)
+        shutil.rmtree(entry(tmp_path).folder)
+        shutil.copytree(tmp_path / "whole", path)
+    assert refused > 10
+
+
+def test_seeds_go_back_to_what_all_have(tmp_path):
+    pair = [entry(tmp_path, seed=seed) for seed in (1, 2)]
+    save_together(pair, [saved(1)] * 2)
+    both = [one.path(Position(1, 0)) for one in pair]
+    for path in both:
+        shutil.copytree(path, tmp_path / path.parent.name)
+    save_together(pair[:1], [saved(2)])  # the process died before it came to the second
+    shutil.copytree(tmp_path / both[0].parent.name, both[0])
+    assert [one.position for one in load_together(pair, ABSTRACT, END)] == [Position(1, 0)] * 2
+    assert [one.positions for one in pair] == [{Position(1, 0)}] * 2
+    assert [path.exists() for path in both] == [True, True]
+
+
+def test_seeds_with_nothing_in_common_each_go_on_from_their_own(tmp_path):
+    entries = [entry(tmp_path, seed=seed) for seed in range(4)]
+    for one, state in zip(entries, (saved(9), saved(2, 5), saved(3)), strict=False):
+        save_together([one], [state])
+    found = load_together(entries, ABSTRACT, END)
+    assert [one and one.position for one in found] == [END, Position(2, 5), Position(3, 0), None]
+
+
+def test_a_finished_seed_does_not_hold_the_others_back(tmp_path):
+    entries = [entry(tmp_path, seed=seed) for seed in range(3)]
+    save_together(entries, [saved(9), saved(2, 5), saved(2, 5)])
+    found = load_together(entries, ABSTRACT, END)
+    assert [one.position for one in found] == [END, Position(2, 5), Position(2, 5)]
+
+
+def test_what_a_dead_process_left_is_removed(tmp_path):
+    save_together([entry(tmp_path)], [saved(3)])
+    folder = entry(tmp_path).folder
+    for name in ("epoch0004.orbax-checkpoint-tmp-12", "epoch0002.discarded"):
+        (folder / name).mkdir()
+    load_together([entry(tmp_path)], ABSTRACT, END)
+    assert [path.name for path in folder.iterdir()] == ["epoch0003"]
+
+
+def test_locks_are_held_and_released(tmp_path):
+    with locked([entry(tmp_path, seed=seed) for seed in (2, 1)]):
+        pass
+    with locked([entry(tmp_path, seed=1)]):
+        assert len(list((tmp_path / "locks").iterdir())) == 2

@@ -1,15 +1,19 @@
 """Whole runs on scikit-learn's digits with a tiny model: records, the cache, going on after an interruption."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file
 from tiny import PROTOCOL
 
-from jaxunlearn import benchmarks, pretrained
+from jaxunlearn import benchmarks, resuming
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS
 from jaxunlearn.data.readers import ImageSet
 from jaxunlearn.methods import get_method
@@ -17,14 +21,29 @@ from jaxunlearn.metrics import METRICS
 from jaxunlearn.models import torch_weights
 from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
-from jaxunlearn.runs import Request, Run, limited
+from jaxunlearn.runs import Request, Run, has_collapsed, limited
 from jaxunlearn.training import Pretraining
+from jaxunlearn.unlearning import Unlearning
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
 BENCH = "tiny-digits-class0"
 QUIET = Reporter(quiet=True)
 DIGITS = dataclasses.replace(PROTOCOL, batch_size=64, train_limit=300, pretrain_epochs=3, unlearn_epochs=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory):
+    """Each run compiles its programs anew, but for this."""
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in settings}
+    jax.config.update(settings[0], str(tmp_path_factory.mktemp("xla")))
+    jax.config.update(settings[1], 0.0)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +77,8 @@ def test_a_run_leaves_whole_records(tmp_path):
         assert record["status"] == "ok" and record["unlearn_steps"] == 2 * 1  # 30 forget images: one batch an epoch
         assert all(0 <= record[name] <= 1 and 0 <= record["before"][name] <= 1 for name in METRICS)
         assert set(record["protocol"]) == {field.name for field in dataclasses.fields(DIGITS)}
-        assert set(record["timing"]) == {"data_s", "compile_s", "pretrain_s", "unlearn_s", "evaluate_s"}
+        spent_on = {"data_s", "compile_s", "pretrain_s", "unlearn_s", "evaluate_s", "checkpoint_s"}
+        assert set(record["timing"]) == spent_on
         assert record["throughput"]["unlearn_steps_per_s"] > 0 and record["throughput"]["pretrain_images_per_s"] > 0
         assert (
             record["environment"]["device_count"] == 1 and record["environment"]["versions"]["jax"] == jax.__version__
@@ -72,24 +92,107 @@ def test_a_second_run_does_not_train_and_agrees_to_the_bit(tmp_path, monkeypatch
     assert list(map(numbers, results(request_of(tmp_path)))) == list(map(numbers, first))
 
 
-def test_an_interrupted_pretraining_goes_on_and_ends_the_same(tmp_path, monkeypatch):
-    undisturbed = results(request_of(tmp_path / "a", seeds=(3, 4)))
-    saves, save = [], pretrained.save
+def stop_after(monkeypatch, steps):
+    """Has the run asked to stop once so many steps are dispatched; returns the count of those that are."""
+    count = itertools.count(1)
+    seen = []
 
-    def save_then_stop(entry, saved):
-        save(entry, saved)
-        saves.append(saved.epoch)
-        if len(saves) == 3:  # after epoch 2 of the first seed, before that of the second
-            raise KeyboardInterrupt
+    @contextlib.contextmanager
+    def deferred():
+        yield lambda: seen.append(next(count)) or seen[-1] == steps
 
-    monkeypatch.setattr(pretrained, "save", save_then_stop)
+    monkeypatch.setattr(resuming, "deferred", deferred)
+    return seen
+
+
+STEPPED = dataclasses.replace(DIGITS, epoch_length="retain")  # 300 images make 5 steps, the retained ones 5 of them
+
+
+@pytest.mark.parametrize("at", [1, 7, 15, 17, 25], ids=["first", "middle", "pretrained", "unlearning", "last"])
+def test_a_run_that_stops_anywhere_goes_on_from_there_and_ends_the_same(tmp_path, monkeypatch, at):
+    options = {"seeds": (3, 4), "protocol": STEPPED, "method": "retain_finetune"}
+    undisturbed = results(request_of(tmp_path / "a", **options))
+    stop_after(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
-        results(request_of(tmp_path / "b", seeds=(3, 4)))
-    epochs = []
-    monkeypatch.setattr(pretrained, "save", lambda entry, saved: (epochs.append(saved.epoch), save(entry, saved)))
-    resumed = results(request_of(tmp_path / "b", seeds=(3, 4)))
-    assert sorted(epochs) == [2, 3, 3]
+        results(request_of(tmp_path / "b", **options))
+    assert not list(tmp_path.glob("b/runs/**/*.json"))
+    steps = stop_after(monkeypatch, None)
+    resumed = results(request_of(tmp_path / "b", **options))
+    assert len(steps) == 3 * 5 + 2 * 5 - at  # none twice
     assert list(map(numbers, resumed)) == list(map(numbers, undisturbed))
+
+
+def test_methods_that_are_done_are_not_redone_after_an_interruption(tmp_path, monkeypatch):
+    request = request_of(tmp_path, method="retain_finetune negative_gradient", protocol=STEPPED)
+    stop_after(monkeypatch, 3 * 5 + 2 * 5 + 1)
+    with pytest.raises(KeyboardInterrupt):
+        results(request)
+    steps = stop_after(monkeypatch, None)
+    assert [record["method"] for record in results(request)] == ["retain_finetune", "negative_gradient"]
+    assert len(steps) == 2 * 5 - 1
+    assert not list(tmp_path.glob("cache/unlearning/*"))
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path, monkeypatch):
+    protocol = dataclasses.replace(STEPPED, precision="fp64")
+    with jax.enable_x64(True):
+        for name, first, second in (("a", 1, 1), ("b", 2, 1), ("c", 1, 2)):
+            options = {"protocol": protocol, "export_weights": tmp_path / name / "weights"}
+            stop_after(monkeypatch, 8)
+            with pytest.raises(KeyboardInterrupt):
+                results(request_of(tmp_path / name, devices=first, **options))
+            stop_after(monkeypatch, None)
+            results(request_of(tmp_path / name, devices=second, **options))
+    models = [load_file(next(tmp_path.glob(f"{name}/weights/**/*.safetensors"))) for name in "abc"]
+    for other in models[1:]:
+        for name, value in models[0].items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_seed_that_diverges_does_not_touch_the_others(tmp_path):
+    rule = tmp_path / "wild.py"
+    rule.write_text(
+        "import jax, jax.numpy as jnp\n"
+        "from jaxunlearn.methods import retain_finetune\n"
+        "def rule(context, *, wild: bool = True):\n"
+        "    inner = retain_finetune.rule(context)\n"
+        "    def init(params, batch_stats, key):\n"
+        "        state = inner.init(params, batch_stats, key)\n"
+        "        return state._replace(extra=(state.extra, jax.random.bernoulli(key), key))\n"
+        "    def step(params, state, retain, forget):\n"
+        "        extra, chosen, key = state.extra\n"
+        "        params, after, metrics = inner.step(params, state._replace(extra=extra), retain, forget)\n"
+        "        worse = jnp.where(wild & chosen & (state.step == 6), jnp.inf, 1.0)\n"
+        "        params = jax.tree.map(lambda x: x * worse, params)\n"
+        "        metrics = metrics | {'loss': metrics['loss'] * worse}\n"
+        "        return params, after._replace(extra=(after.extra, chosen, key)), metrics\n"
+    )
+    options = {"method": str(rule), "protocol": STEPPED, "seeds": (1, 2, 3)}
+    calm = results(request_of(tmp_path / "a", settings={"wild": "false"}, **options))
+    wild = results(request_of(tmp_path / "b", **options))
+    assert {record["status"] for record in calm} == {"ok"} and len({r["status"] for r in wild}) == 2
+    for one, other in zip(wild, calm, strict=True):
+        if one["status"] == "ok":
+            assert numbers(one) == numbers(other) and one["diverged_at"] is None
+        else:
+            assert one["diverged_at"] == {"phase": "unlearn", "step": 6} and one["retain_acc"] is None
+
+
+def test_where_pretraining_diverges_nothing_is_unlearned(tmp_path, monkeypatch):
+    protocol = dataclasses.replace(STEPPED, pretrain_lr=1e30)
+    monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))
+    (record,) = results(request_of(tmp_path, protocol=protocol))
+    assert record["status"] == "diverged" and record["diverged_at"]["phase"] == "pretrain"
+    assert 0 < record["diverged_at"]["step"] < 5
+    monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("pretrained again"))
+    (again,) = results(request_of(tmp_path, protocol=protocol))
+    assert again["diverged_at"] == record["diverged_at"]
+
+
+def test_collapse_is_ten_points_of_retained_accuracy():
+    for after, collapsed in ((0.79, True), (0.81, False), (0.95, False), (None, False)):
+        assert has_collapsed({"retain_acc": 0.9}, {"retain_acc": after}) == collapsed
+    assert not has_collapsed({"retain_acc": None}, {"retain_acc": 0.5})
 
 
 def test_other_settings_get_a_folder_of_their_own(tmp_path):
@@ -152,7 +255,8 @@ def test_a_diverged_run_says_so(tmp_path):
     ((wild, warning),) = run.results()
     assert warning is not None and "diverged" in warning and not weights.exists()
     assert wild["status"] == "diverged" and all(wild[name] is None for name in METRICS)
-    assert wild["before"]["retain_acc"] is not None
+    assert wild["before"]["retain_acc"] is not None and not wild["collapsed"]
+    assert wild["diverged_at"] == {"phase": "unlearn", "step": 0}
 
 
 def test_train_limit_takes_equally_many_of_each_class_from_the_front():

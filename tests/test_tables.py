@@ -162,3 +162,10 @@ def test_ascii_output():
     tables.print_results([make("scrub", s) for s in range(2)], defaults=DEFAULTS, members=5, non_members=5, file=file)
     file.seek(0)
     assert "+-0.0000" in file.read()
+
+
+def test_a_collapsed_seed_is_counted_and_averaged():
+    fine, collapsed = make("scrub", 1, (0.9, 0.0, 0.5)), make("scrub", 2, (0.5, 0.0, 0.5)) | {"collapsed": True}
+    row = line(render([fine, collapsed]), "scrub")
+    assert "0.7000" in row and "1 of 2 collapsed" in row
+    assert "collapsed" not in line(render([fine]), "scrub")

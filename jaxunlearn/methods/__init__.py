@@ -5,6 +5,7 @@ A file has a module-level `rule` (see `rule.py` here), or one class of the PyTor
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -30,6 +31,7 @@ class Method(NamedTuple):
     factory: Callable[..., UnlearningRule] | None  # None for `retrain`
     defaults: dict[str, Any]
     hyperparameters: dict[str, Any]
+    source: str = ""  # SHA-256 of the rule's file
 
 
 def names() -> list[str]:
@@ -48,14 +50,16 @@ def get_method(name: str, settings: dict[str, str] | None = None) -> Method:
         title = Path(name).stem
         if title in (*names(), RETRAIN):
             raise UserError(f"{name}: '{title}' is the name of a method of the package: rename the file")
-        factory = _load_file(Path(name))
+        file, factory = Path(name), _load_file(Path(name))
     elif name in names():
-        title, factory = name, importlib.import_module(f"{__name__}.{name}").rule
+        module = importlib.import_module(f"{__name__}.{name}")
+        title, file, factory = name, Path(str(module.__file__)), module.rule
     else:
         nearest = difflib.get_close_matches(name, [*names(), RETRAIN], n=1, cutoff=0)[0]
         raise UserError(f"unknown method '{name}': did you mean '{nearest}'? (a rule file's name ends in .py)")
     defaults = _defaults(title, factory)
-    return Method(title, factory, defaults, _apply(title, defaults, settings or {}))
+    source = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Method(title, factory, defaults, _apply(title, defaults, settings or {}), source)
 
 
 def build_rule(method: Method, context: Any) -> UnlearningRule:

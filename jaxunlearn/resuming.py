@@ -1,0 +1,236 @@
+"""Training to the end from wherever a run was stopped: pretraining and unlearning alike.
+
+Now and then, and when asked to stop, the states of a group of seeds are copied to the host, which is all that the
+training waits for, and written from there by a thread.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxunlearn.checkpoints import Entry, Leaves, Position, Saved, load_together, save_together
+from jaxunlearn.errors import one_line
+from jaxunlearn.loop import Keeper, Report, Timing
+from jaxunlearn.progress import Reporter
+from jaxunlearn.randomness import seed_keys
+from jaxunlearn.sharding import place_seeds
+from jaxunlearn.stopping import deferred
+
+
+class Training(Protocol):
+    """The training of a group of seeds, epoch by epoch; its state has fields `params` and `batch_stats`."""
+
+    mesh: jax.sharding.Mesh
+    timing: Timing
+    epochs: int
+    steps_per_epoch: int
+    images_per_epoch: int
+
+    def abstract(self) -> Any:
+        """Shapes and dtypes of one seed's state."""
+
+    def epoch(
+        self, state: Any, keys: jax.Array, epoch: int, report: Report, first: int, keeper: Keeper
+    ) -> tuple[Any, dict[str, np.ndarray]]:
+        """One epoch of all seeds from step `first` on. Returns (state, metrics f32[S, steps from there])."""
+
+
+class Start(NamedTuple):
+    """The training of some of the seeds, and what makes the state before their first step."""
+
+    training: Training
+    state: Callable[[], Any]
+
+
+class Trained(NamedTuple):
+    """States at the end, the seed axis in front, and by seed what came of it."""
+
+    state: Any
+    seconds: list[float]  # a seed's share of the time of the seeds that were trained together
+    diverged: list[int | None]  # the first step whose loss, or after which a weight, was not finite
+
+
+def train(
+    start: Callable[[list[int]], Start],
+    entries: Sequence[Entry],
+    seeds: Sequence[int],
+    mesh: jax.sharding.Mesh,
+    reporter: Reporter,
+    title: str,
+    save_every: float,
+) -> Trained:
+    """Brings the entry of every seed, `locked` by the caller, to its last epoch. The states are placed on `mesh`.
+
+    `start(indices)` is for those of `seeds`. Seeds that have come equally far are trained together. A seed that
+    diverges goes on beside the others, which do not feel it; where all have, training ends with the epoch.
+
+    Raises KeyboardInterrupt once it is asked to stop and has saved.
+    """
+    whole = start(list(range(len(seeds))))
+    abstract = whole.training.abstract()
+    shapes = _leaves(jax.eval_shape(_key_data, abstract))
+    end = Position(whole.training.epochs, 0)
+    saved = load_together(entries, shapes, end)
+    by_position: dict[Position, list[int]] = {}
+    for i, one in enumerate(saved):
+        by_position.setdefault(one.position if one else Position(0, 0), []).append(i)
+    for position, group in by_position.items():
+        if position == end or all(one and one.diverged is not None for one in (saved[i] for i in group)):
+            continue
+        training, first_state = whole if len(group) == len(seeds) else start(group)
+        with jax.set_mesh(training.mesh):
+            before = [one for one in (saved[i] for i in group) if one]
+            state = _on_device([one.leaves for one in before], abstract, training.mesh) if before else None
+            keeper = Saving([entries[i] for i in group], before, training, save_every)
+            _advance(training, state, first_state, seed_keys([seeds[i] for i in group]), keeper, reporter, title)
+        for i, result in zip(group, keeper.finish(), strict=True):
+            saved[i] = result
+    done = [one for one in saved if one]
+    state = _on_device([one.leaves for one in done], abstract, mesh)
+    return Trained(state, [one.seconds for one in done], [one.diverged for one in done])
+
+
+def _advance(
+    training: Training,
+    state: Any,
+    first_state: Callable[[], Any],
+    keys: jax.Array,
+    keeper: "Saving",
+    reporter: Reporter,
+    title: str,
+) -> None:
+    steps, (epoch, first) = training.steps_per_epoch, keeper.position
+    images = training.images_per_epoch * len(keys)
+    bar = reporter.task(title, training.epochs, steps, images, epoch * steps + first)
+    with bar as report, deferred() as stopping:
+        keeper.stopping = stopping
+        state = first_state() if state is None else state
+        while epoch < training.epochs and None in keeper.diverged:
+            keeper.position = Position(epoch, first)
+            state, metrics = training.epoch(state, keys, epoch, report(epoch), first, keeper)
+            keeper.note(metrics)
+            epoch, first = epoch + 1, 0
+        keeper.position = Position(epoch, 0)
+        keeper.keep(0, state, {})
+
+
+class Saving:
+    """Saves a group of seeds while it trains."""
+
+    def __init__(self, entries: Sequence[Entry], before: Sequence[Saved], training: Training, every: float):
+        self.position = before[0].position if before else Position(0, 0)  # where the running epoch was entered
+        self.diverged = [one.diverged for one in before] or [None] * len(entries)
+        self.stopping: Callable[[], bool] = lambda: False
+        self._entries, self._training, self._every = entries, training, every
+        self._seconds = [one.seconds for one in before] or [0.0] * len(entries)
+        self._start = self._last = time.perf_counter()
+        self._not_training = self._overhead()
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._saved: list[Saved] = []
+
+    def due(self) -> bool:
+        """Whether it is time to save: never before what was saved last is written."""
+        waited = time.perf_counter() - self._last >= self._every
+        return self.stopping() or (waited and (self._writing is None or self._writing.done()))
+
+    def keep(self, done: int, state: Any, metrics: dict[str, np.ndarray]) -> None:
+        """Saves the state after `done` steps of the running epoch, of which `metrics` are those since it was entered.
+
+        Raises KeyboardInterrupt, once that is written, where the run was asked to stop.
+        """
+        self.note(metrics)
+        with self._training.timing("checkpoint_s"):
+            steps, (epoch, _) = self._training.steps_per_epoch, self.position
+            position = Position(epoch + done // steps, done % steps)
+            if not self._saved or self._saved[0].position != position:
+                self._save(state, position)
+            if self.stopping():
+                self._wait()
+                raise KeyboardInterrupt
+
+    def _save(self, state: Any, position: Position) -> None:
+        steps, states = self._training.steps_per_epoch, _to_host(state, len(self._entries))
+        elapsed = time.perf_counter() - self._start - (self._overhead() - self._not_training)
+        self._saved = [
+            Saved(_leaves(one), position, seconds + elapsed / len(states), _diverged(one, position, steps, known))
+            for one, seconds, known in zip(states, self._seconds, self.diverged, strict=True)
+        ]
+        self.diverged = [one.diverged for one in self._saved]
+        self._wait()
+        self._writing = self._thread.submit(save_together, self._entries, self._saved)
+        self._last = time.perf_counter()
+
+    def note(self, metrics: dict[str, np.ndarray]) -> None:
+        """Looks for the first loss that is not finite among those since the running epoch was entered."""
+        first = self.position.epoch * self._training.steps_per_epoch + self.position.step
+        for i, losses in enumerate(metrics.get("loss", ())):
+            wild = np.flatnonzero(~np.isfinite(losses))
+            if self.diverged[i] is None and wild.size:
+                self.diverged[i] = first + int(wild[0])
+
+    def finish(self) -> list[Saved]:
+        """What was saved last, once it is written."""
+        with self._training.timing("checkpoint_s"):
+            self._wait()
+        self._thread.shutdown()
+        return self._saved
+
+    def _wait(self) -> None:
+        if self._writing is None:
+            return
+        error, self._writing = self._writing.exception(), None
+        if error:  # of a full disk, mostly: no reason to throw the run away
+            warnings.warn(f"a checkpoint was not written ({one_line(error)}): the run goes on without", stacklevel=2)
+
+    def _overhead(self) -> float:
+        return sum(self._training.timing.get(name, 0.0) for name in ("compile_s", "checkpoint_s"))
+
+
+def _diverged(state: Any, position: Position, steps: int, known: int | None) -> int | None:
+    finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.batch_stats)))
+    return position.epoch * steps + position.step if known is None and not finite else known
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _key_data(tree: Any) -> Any:
+    """The tree with arrays of numbers in place of its arrays of keys."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(abstract: Any) -> Any:
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), abstract)  # it takes no abstract value
+    return found[0]
+
+
+def _to_host(state: Any, count: int) -> list[Any]:
+    """Copies of each seed's state: the buffers behind are donated to the next step."""
+    fetched = jax.device_get(_key_data(state))
+    return [jax.tree.map(lambda x, i=i: np.array(x[i]), fetched) for i in range(count)]
+
+
+def _on_device(states: Sequence[Leaves], abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The states on `mesh`, the seed axis in front."""
+    placed: dict[str, Any] = place_seeds(
+        {name: np.stack([state[name] for state in states]) for name in states[0]}, mesh
+    )
+
+    def restore(path: Any, leaf: Any) -> Any:
+        value = placed[jax.tree_util.keystr(path, simple=True, separator="/")]
+        return jax.random.wrap_key_data(value, impl=_key_impl(leaf)) if _is_key(leaf) else value
+
+    return jax.tree_util.tree_map_with_path(restore, abstract)

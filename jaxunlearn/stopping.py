@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM while a model trains: a run is asked to stop, saves itself, and stops."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Yields whether one of `SIGNALS` has come. Inside, the first changes nothing else; the next one acts as outside.
+
+    In a thread that is not the main one, signals stay as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    asked = False
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+
+    for number in SIGNALS:
+        signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        restore()

@@ -1,0 +1,41 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from jaxunlearn.stopping import SIGNALS, deferred
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_asks_and_the_second_interrupts(number):
+    with deferred() as asked:
+        assert not asked()
+        os.kill(os.getpid(), number)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    with pytest.raises(KeyboardInterrupt):  # outside, as before
+        os.kill(os.getpid(), number)
+
+
+def test_another_thread_leaves_signals_alone():
+    seen = []
+
+    def work():
+        with deferred() as asked:
+            seen.append((asked(), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, signal.default_int_handler)]

@@ -1,0 +1,24 @@
+"""`scripts/bench.py` with a tiny benchmark in place: a process that tests may kill."""
+
+import dataclasses
+import os
+import runpy
+from pathlib import Path
+
+import jax
+from tiny import PROTOCOL, TINY, Tiny
+
+from jaxunlearn.benchmarks import BENCHMARKS
+from jaxunlearn.models import MODELS
+
+NAME = "tiny-digits-class0"
+DIGITS = dataclasses.replace(
+    PROTOCOL, batch_size=16, train_limit=320, pretrain_epochs=8, unlearn_epochs=4, epoch_length="retain"
+)
+
+if __name__ == "__main__":
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # or it would start itself again
+    jax.config.update("jax_disable_most_optimizations", True)
+    MODELS[TINY] = Tiny
+    BENCHMARKS[NAME] = DIGITS
+    runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "bench.py"), run_name="__main__")
