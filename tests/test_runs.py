@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 
@@ -21,6 +20,7 @@ from jaxunlearn.metrics import METRICS
 from jaxunlearn.models import torch_weights
 from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
+from jaxunlearn.resuming import Saving
 from jaxunlearn.runs import Request, Run, has_collapsed, limited
 from jaxunlearn.training import Pretraining
 from jaxunlearn.unlearning import Unlearning
@@ -93,16 +93,20 @@ def test_a_second_run_does_not_train_and_agrees_to_the_bit(tmp_path, monkeypatch
 
 
 def stop_after(monkeypatch, steps):
-    """Has the run asked to stop once so many steps are dispatched; returns the count of those that are."""
-    count = itertools.count(1)
-    seen = []
+    """Asks the run to stop once so many steps (None: any) are dispatched; returns a list that grows with them."""
+    dispatched, due = [], Saving.due
+
+    def counted(saving):
+        dispatched.append(saving)
+        return due(saving)
 
     @contextlib.contextmanager
     def deferred():
-        yield lambda: seen.append(next(count)) or seen[-1] == steps
+        yield lambda: len(dispatched) == steps
 
+    monkeypatch.setattr(Saving, "due", counted)
     monkeypatch.setattr(resuming, "deferred", deferred)
-    return seen
+    return dispatched
 
 
 STEPPED = dataclasses.replace(DIGITS, epoch_length="retain")  # 300 images make 5 steps, the retained ones 5 of them
@@ -135,6 +139,7 @@ def test_methods_that_are_done_are_not_redone_after_an_interruption(tmp_path, mo
 
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, monkeypatch):
     protocol = dataclasses.replace(STEPPED, precision="fp64")
+    monkeypatch.setitem(benchmarks.CHOICES, "precision", ("fp32", "fp64"))
     with jax.enable_x64(True):
         for name, first, second in (("a", 1, 1), ("b", 2, 1), ("c", 1, 2)):
             options = {"protocol": protocol, "export_weights": tmp_path / name / "weights"}
@@ -166,6 +171,7 @@ def test_a_seed_that_diverges_does_not_touch_the_others(tmp_path):
         "        params = jax.tree.map(lambda x: x * worse, params)\n"
         "        metrics = metrics | {'loss': metrics['loss'] * worse}\n"
         "        return params, after._replace(extra=(after.extra, chosen, key)), metrics\n"
+        "    return inner._replace(init=init, step=step)\n"
     )
     options = {"method": str(rule), "protocol": STEPPED, "seeds": (1, 2, 3)}
     calm = results(request_of(tmp_path / "a", settings={"wild": "false"}, **options))
