@@ -1,4 +1,4 @@
-"""Writing files so that they are whole at any time, and saying early where they cannot be written."""
+"""Where files go: written whole, in folders that are known early to be writable, and the cache folder."""
 
 import os
 import tempfile
@@ -20,6 +20,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def default_cache() -> Path:
+    """`jaxunlearn` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxunlearn"
 
 
 def check_writable(folder: Path) -> None:

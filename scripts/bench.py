@@ -9,16 +9,15 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, Protocol, get_benchmark
-from jaxunlearn.errors import UserError
+from jaxunlearn.errors import Parser, UserError
+from jaxunlearn.files import default_cache
 from jaxunlearn.memory import restart_with_huge_pages
 
 # The protocol's fields that have a flag of their own, and its help. `--set protocol.FIELD=VALUE` sets the others.
@@ -38,13 +37,6 @@ MOST_SEEDS = 10_000
 
 # Those that are not for `--set`: they have a flag, or they are what the benchmark is.
 NOT_SET = {*FLAGS, "init_weights", "model", "dataset"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -126,11 +118,6 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="print one JSON line a result and nothing else")
     output.add_argument("--quiet", action="store_true", help="no progress")
     return parser
-
-
-def default_cache() -> Path:
-    """`jaxunlearn` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxunlearn"
 
 
 def parse_seeds(text: str) -> list[int]:

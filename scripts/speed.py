@@ -15,21 +15,14 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, get_benchmark
-from jaxunlearn.errors import UserError
+from jaxunlearn.errors import Parser, UserError
 from jaxunlearn.memory import restart_with_huge_pages
 
 PAIRS = 5
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # where the PyTorch reference is
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,8 +19,8 @@ from layouts import (
     write_pickles,
 )
 
-from jaxunlearn.data import datasets
-from jaxunlearn.data.datasets import DATASETS, ImageSet
+from jaxunlearn.data import datasets, tfds_source
+from jaxunlearn.data.datasets import DATASETS, ImageSet, find
 
 pytestmark = small_sets
 
@@ -119,6 +119,14 @@ def test_places_are_looked_in_in_order(tmp_path, monkeypatch):
     assert datasets.load("fashion_mnist", None, cache).source == str(cache / "data")
     monkeypatch.delenv("JAXUNLEARN_DATA")
     assert datasets.load("fashion_mnist", None, cache).source == str(cache / "data")
+
+
+def test_finding_downloads_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
+    monkeypatch.setattr(tfds_source, "prepare", lambda *_: pytest.fail("downloaded"))
+    assert find("cifar10", None, tmp_path) is None
+    digits = find("digits", None, tmp_path)
+    assert digits is not None and digits.digest == load("digits", tmp_path).digest
 
 
 def test_a_data_dir_without_the_data_is_warned_of_before_another_place_is_used(tmp_path, monkeypatch):

@@ -52,6 +52,13 @@ def test_every_format(tmp_path, suffix):
     assert_read(path.rename(tmp_path / f"weights{suffix}"))
 
 
+def test_the_format_before_pytorch_1_6(tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {key: torch.tensor(value) for key, value in ARRAYS.items()}
+    torch.save({"state_dict": state}, tmp_path / "old.th", _use_new_zipfile_serialization=False)
+    assert_read(tmp_path / "old.th")
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "net"])
 def test_checkpoints_that_hold_more(tmp_path, wrapper):
     torch = pytest.importorskip("torch")

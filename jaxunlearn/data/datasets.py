@@ -138,31 +138,43 @@ def load(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
     Images are u8[N, H, W, C], C-contiguous; labels i32[N]. Warns when the counts are not the official ones. Raises
     UserError, in one line, for an unknown name, a `data_dir` without the data set, broken files, a failed download.
     """
+    if found := find(name, data_dir, cache_dir):
+        return found
+    spec, tfds_dir = DATASETS[name], cache_dir / "tfds"
+    looked_in = ", ".join(map(str, _places(data_dir, cache_dir)))
+    advice = f"or put {_wanted(spec)} in {cache_dir / 'data'} (looked in {looked_in})"
+    prepared = tfds_source.prepare(spec.tfds_name, tfds_dir.expanduser(), advice)
+    return _dataset(name, *tfds_source.read_prepared(prepared, spec.num_classes, spec.shape), str(prepared))
+
+
+def find(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset | None:
+    """`load` without the download: None where no place has the data set."""
     if name not in DATASETS:
         raise UserError(f"unknown data set '{name}': choose from {', '.join(DATASETS)}")
+    if not DATASETS[name].layouts:
+        return _dataset(name, *_load_digits())
+    for place in _places(data_dir, cache_dir):
+        if found := _look(place.expanduser(), DATASETS[name]):
+            if data_dir is not None and place != data_dir:
+                warnings.warn(f"no {name} in {data_dir}: using {found[2]}", stacklevel=2)
+            return _dataset(name, *found)
+    return None
+
+
+def _places(data_dir: Path | None, cache_dir: Path) -> list[Path]:
+    named = [Path(place) for place in (data_dir, os.environ.get("JAXUNLEARN_DATA")) if place]
+    return [*named, cache_dir / "data", cache_dir / "tfds"]
+
+
+def _dataset(name: str, train: ImageSet, test: ImageSet, where: str) -> Dataset:
     spec = DATASETS[name]
-    train, test, where = _load_digits() if not spec.layouts else _find(name, data_dir, cache_dir)
     if (len(train.images), len(test.images)) != (spec.train_count, spec.test_count):
         warnings.warn(
             f"{name} in {where} has {len(train.images):,} training and {len(test.images):,} test images "
             f"where the official set has {spec.train_count:,} and {spec.test_count:,}",
-            stacklevel=2,
+            stacklevel=3,
         )
     return Dataset(name, spec.num_classes, train, test, where, _digest(train, test))
-
-
-def _find(name: str, data_dir: Path | None, cache_dir: Path) -> tuple[ImageSet, ImageSet, str]:
-    spec, tfds_dir = DATASETS[name], cache_dir / "tfds"
-    named = [Path(place) for place in (data_dir, os.environ.get("JAXUNLEARN_DATA")) if place]
-    places = [*named, cache_dir / "data", tfds_dir]
-    for place in places:
-        if found := _look(place.expanduser(), spec):
-            if data_dir is not None and place != data_dir:
-                warnings.warn(f"no {name} in {data_dir}: using {found[2]}", stacklevel=3)
-            return found
-    advice = f"or put {_wanted(spec)} in {cache_dir / 'data'} (looked in {', '.join(map(str, places))})"
-    prepared = tfds_source.prepare(spec.tfds_name, tfds_dir.expanduser(), advice)
-    return *tfds_source.read_prepared(prepared, spec.num_classes, spec.shape), str(prepared)
 
 
 def _look(place: Path, spec: Source) -> tuple[ImageSet, ImageSet, str] | None:

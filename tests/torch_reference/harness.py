@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from jaxunlearn.benchmarks import Protocol
@@ -102,6 +103,23 @@ def scrub(
 
 
 BASELINES = {f.__name__: f for f in (retain_finetune, negative_gradient, bad_teacher, scrub)}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, test: Pair, members: Tensor, forget_class: int) -> dict[str, float]:
+    """The benchmark's metrics, in eval mode; `members` are training images of the forgotten class."""
+    was_training = model.training
+    model.eval()
+    logits, (_, labels) = model(test[0]), test
+    forget = labels == forget_class
+    correct = logits.argmax(1) == labels
+    retain_acc, forget_acc = (correct[part].double().mean().item() for part in (~forget, forget))
+    scores = torch.cat([model(members).softmax(1).amax(1), logits[forget].softmax(1).amax(1)])
+    is_member = torch.arange(len(scores)) < len(members)
+    auc = float(roc_auc_score(is_member.numpy(), scores.numpy()))
+    model.train(was_training)
+    score = (retain_acc + (1 - forget_acc) + (1 - auc)) / 3
+    return {"retain_acc": retain_acc, "forget_acc": forget_acc, "forget_mia_auc": auc, "unlearn_score": score}
 
 
 class Batches:
