@@ -1,5 +1,6 @@
 """Writing files so that they are whole at any time, and saying early where they cannot be written."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -25,8 +26,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 def check_writable(folder: Path) -> None:
     """Raises UserError where files cannot be made in `folder`, existing or not. Leaves nothing behind."""
     try:
-        ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        # A link to nowhere exists too: no folder can be made in its place.
+        ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if exists(path))
         with tempfile.TemporaryDirectory(dir=ancestor):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}; choose another folder") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something, be it a link to nowhere. Raises OSError where there cannot be, as of a long name."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # a null character
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
+    return True

@@ -169,6 +169,8 @@ def make_protocol(args: argparse.Namespace, settings: dict[str, str]) -> Protoco
             raise UserError(f"--set protocol.{key}: no such field without a flag of its own (there are {known})")
         changes[key] = parse_value(f"protocol.{key}", text, fields[key])
     if args.init_weights:
+        if not os.path.isfile(args.init_weights):  # a device or a pipe may never end
+            raise UserError(f"--init-weights {args.init_weights}: no such file")
         try:
             with args.init_weights.open("rb") as file:
                 changes["init_weights"] = hashlib.file_digest(file, "sha256").hexdigest()
