@@ -17,6 +17,7 @@ CHOICES = {
     "mobilenet_stride": (1, 2),
     "precision": ("fp32", "bf16"),
 }
+MOST = 1_000_000  # epochs, and images a batch: steps compute with them in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +122,8 @@ def validate(protocol: Protocol, num_classes: int) -> None:
         if (value := getattr(protocol, name)) not in allowed:
             raise UserError(f"{name} is {value!r}: choose from {', '.join(map(str, allowed))}")
     for name in ("pretrain_epochs", "unlearn_epochs", "batch_size"):
-        if (value := getattr(protocol, name)) < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
+        if not 1 <= (value := getattr(protocol, name)) <= MOST:
+            raise UserError(f"{name} is {value}: it must be at least 1 and at most {MOST:,}")
     for name in ("pretrain_lr", "unlearn_lr", "adam_eps"):
         if not 0 < (value := getattr(protocol, name)) < float("inf"):
             raise UserError(f"{name} is {value}: it must be a positive number")

@@ -1,5 +1,6 @@
 """Where files go: written whole, in folders that are known early to be writable, and the cache folder."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -30,8 +31,20 @@ def default_cache() -> Path:
 def check_writable(folder: Path) -> None:
     """Raises UserError where files cannot be made in `folder`, existing or not. Leaves nothing behind."""
     try:
-        ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        # A link to nowhere exists too: no folder can be made in its place.
+        ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if exists(path))
         with tempfile.TemporaryDirectory(dir=ancestor):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}; choose another folder") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something, be it a link to nowhere. Raises OSError where there cannot be, as of a long name."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # a null character
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
+    return True

@@ -18,7 +18,7 @@ import jax
 
 import jaxunlearn
 from jaxunlearn.errors import UserError
-from jaxunlearn.files import write_atomically
+from jaxunlearn.files import exists, write_atomically
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
@@ -45,7 +45,11 @@ def check_overwrite(path: Path, protocol: Mapping[str, Any], hyperparameters: Ma
       UserError: the folder cannot be written, or (without `force`) the record there has another protocol or other
         hyperparameters, or cannot be read.
     """
-    if force or not path.exists():
+    try:
+        found = exists(path)
+    except OSError as error:  # a method's name, for one, can be too long
+        raise UserError(f"cannot write {path}: {os.strerror(error.errno or 0)}") from None
+    if force or not found:
         return
     differences = _differences(_read(path), protocol, hyperparameters)
     if differences:

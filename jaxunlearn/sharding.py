@@ -15,13 +15,14 @@ import jax
 from jaxunlearn.errors import UserError
 
 T = TypeVar("T")
+MOST_DEVICES = 256  # of one machine: XLA starts as many threads as it is told to, and dies of too many
 
 
 def request_devices(count: int | None) -> None:
     """Makes `count` host devices, at most one a core, where JAX runs on CPUs. Must come before the first use of JAX."""
     # Devices wait for each other on a thread each; with no more threads than devices XLA's CPU collectives can lock up.
     if count and count > 1:
-        os.environ.setdefault("NPROC", str(4 * max(count, os.cpu_count() or 1)))
+        os.environ.setdefault("NPROC", str(4 * max(min(count, MOST_DEVICES), os.cpu_count() or 1)))
     already_asked = getattr(jax.config, "jax_num_cpu_devices", -1) > 0
     if count and not already_asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", max(1, min(count, os.cpu_count() or 1)))

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxunlearn.errors import printable
 from jaxunlearn.metrics import auc_standard_error
 
 SHOWN = ("retain_acc", "forget_acc", "forget_mia_auc", "unlearn_score", "symmetric_score")
@@ -43,7 +44,7 @@ def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mappi
     for record in records:
         usual = defaults.get(record["method"], {})
         changed = {k: v for k, v in record["hyperparameters"].items() if k not in usual or usual[k] != v}
-        variant = " ".join(f"{name}={value}" for name, value in changed.items())
+        variant = printable(" ".join(f"{name}={value}" for name, value in changed.items()))
         groups.setdefault((record["method"], variant), []).append(record)
     rows = [
         _row(*key, group, sum(r["timing"]["unlearn_s"] + r["timing"]["evaluate_s"] for r in group) / len(group))

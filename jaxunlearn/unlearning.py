@@ -1,7 +1,7 @@
 """The unlearning loop: runs any rule for the epochs of the protocol, all seeds together."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,9 @@ import optax
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
-from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.errors import UserError, blamed, one_line
 from jaxunlearn.loop import Chunk, Compiled, EpochLoop, Keeper, Report, Timing, batch_sizes, chunks
-from jaxunlearn.methods import Method, build_rule
+from jaxunlearn.methods import Method, build_rule, names
 from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
 from jaxunlearn.models.network import Network
 from jaxunlearn.randomness import Stream, step_keys, stream_key
@@ -104,7 +104,8 @@ class Unlearning:
         context = make_context(network, protocol, num_classes, len(sizes))
         self._initialise = network.initialise
         self._name, self._rule = method.name, build_rule(method, context)
-        check_rule(method, self._rule, context)
+        own = method.name in names()  # those run in the tests, and every further trace takes a second or two
+        check_rule(method, self._rule, context, () if own else sorted(set(sizes)))
         forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last, "forget"))
         passes = math.ceil(len(sizes) / forget_batches)
 
@@ -147,11 +148,9 @@ class Unlearning:
         zero = jnp.zeros((), jnp.int32)
         before = state = RuleState(*carry[1:3], stream_key(key, Stream.RULE), carry.extra, zero, zero)
         sets = (CleanSet(self._data, indices, self._protocol) for indices in self._split)
-        try:
+        with blamed(f"method '{self._name}': its prepare() failed"):
             params, state = self._rule.prepare(carry.params, state, *sets)
             same_form("prepare", ("params", carry.params, params), ("state", before, state))
-        except Exception as error:
-            raise UserError(f"method '{self._name}': its prepare() failed: {one_line(error)}") from error
         return Carry(params, state.batch_stats, state.opt_state, state.extra)
 
     def epoch(
@@ -196,13 +195,17 @@ def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_b
     return step
 
 
-def check_rule(method: Method, rule: UnlearningRule, context: Context) -> None:
-    """Traces a rule on abstract batches. Raises UserError, in one line, where it does not keep the contract."""
+def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Sequence[tuple[int, int]] = ()) -> None:
+    """Traces a rule on abstract batches. Raises UserError, in one line, where it does not keep the contract.
+
+    Args:
+      sizes: of batches (retain, forget) to trace it on further, for seeds together, as it will run.
+    """
     try:
         key = jax.eval_shape(lambda: jax.random.key(0))
         params, batch_stats = jax.eval_shape(context.initialise, key)
         state = jax.eval_shape(rule.init, params, batch_stats, key)
-        batch = jax.eval_shape(lambda: Batch(jnp.zeros((4, 32, 32, 3)), jnp.zeros(4, jnp.int32)))
+        batch = _abstract_batch(4)
         if not isinstance(state, RuleState):
             raise TypeError(f"init returned {type(state).__name__}, it must return a RuleState")
         same_form("init", ("batch_stats", batch_stats, state.batch_stats))
@@ -213,12 +216,38 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context) -> None:
         metrics = result[2]
         if not isinstance(metrics, dict) or "loss" not in metrics:
             raise TypeError("step's metrics must be a dict with at least 'loss'")
-        if wrong := [name for name, value in metrics.items() if value.shape != ()]:
-            raise TypeError(f"step's metric '{wrong[0]}' is not a scalar")
+        if wrong := [name for name, value in metrics.items() if value.shape != () or not _is_real(value)]:
+            raise TypeError(f"step's metric '{wrong[0]}' is not a scalar, or no real number")
+
+        def step(params: Any, state: RuleState, retain: Batch, forget: Batch) -> Any:
+            params, state, metrics = rule.step(params, state, retain, forget)
+            return params, state[:2], state.extra, metrics
+
+        seeds = (_one_seed(params), _one_seed(state)._replace(step=state.step, epoch=state.epoch))
+        together = jax.vmap(step, (0, RuleState._make((0, 0, 0, 0, None, None)), 0, 0))
+        for pair in sizes:  # a further trace also meets what the one before has left behind in the rule
+            jax.eval_shape(jax.vmap(rule.init), *map(_one_seed, (params, batch_stats, key)))
+            program = jax.make_jaxpr(together)(*seeds, *(_one_seed(_abstract_batch(size)) for size in pair))
+            if any(isinstance(constant, jax.core.Tracer) for constant in program.consts):
+                raise TypeError("step uses an array of an earlier call: what is kept belongs into RuleState.extra")
+    except KeyboardInterrupt:
+        raise
     except UserError as error:
         raise UserError(f"method '{method.name}': {error}") from error
-    except Exception as error:
+    except BaseException as error:  # a user's code may raise SystemExit
         raise UserError(f"method '{method.name}' does not keep the rule contract: {one_line(error)}") from error
+
+
+def _abstract_batch(size: int) -> Batch:
+    return jax.eval_shape(lambda: Batch(jnp.zeros((size, 32, 32, 3)), jnp.zeros(size, jnp.int32)))
+
+
+def _is_real(value: Any) -> bool:
+    return any(jnp.issubdtype(value.dtype, kind) for kind in (np.bool_, np.integer, np.floating))
+
+
+def _one_seed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
 
 
 def same_form(what: str, *trees: tuple[str, Any, Any]) -> None:

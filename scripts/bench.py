@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import sys
 import warnings
@@ -164,6 +165,8 @@ def make_protocol(args: argparse.Namespace, settings: dict[str, str]) -> Protoco
             raise UserError(f"--set protocol.{key}: no such field without a flag of its own (there are {known})")
         changes[key] = parse_value(f"protocol.{key}", text, fields[key])
     if args.init_weights:
+        if not os.path.isfile(args.init_weights):  # a device or a pipe may never end
+            raise UserError(f"--init-weights {args.init_weights}: no such file")
         try:
             with args.init_weights.open("rb") as file:
                 changes["init_weights"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -183,6 +186,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.bench:
         raise UserError("name a benchmark with --bench (--list shows all)")
+    if not 0 <= args.save_every < float("inf"):
+        raise UserError(f"--save-every {args.save_every}: it must be at least 0")
     request_devices(args.devices)
     settings = parse_settings(args.set)
     protocol = make_protocol(args, settings.pop("protocol", {}))

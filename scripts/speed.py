@@ -22,6 +22,7 @@ from jaxunlearn.errors import Parser, UserError
 from jaxunlearn.memory import restart_with_huge_pages
 
 PAIRS = 5
+MOST_SEEDS = 10_000
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # where the PyTorch reference is
 
 
@@ -67,8 +68,8 @@ class Side:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The record of a comparison. Raises UserError."""
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: at least one")
+    if not 1 <= args.seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds {args.seeds}: at least one, at most {MOST_SEEDS:,}")
     protocol = dataclasses.replace(get_benchmark(args.bench), precision=args.precision)
     from jaxunlearn import speed
     from jaxunlearn.data.datasets import DATASETS

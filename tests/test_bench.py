@@ -138,6 +138,8 @@ def test_list_names_benchmarks_and_methods(bench):
         (f"--bench {BENCH} --train-limit 9", "train_limit is 9"),
         (f"--bench {BENCH} --batch-size 1000 --drop-last", "no batch"),
         (f"--bench {BENCH} --devices 99", "--devices 99"),
+        (f"--bench {BENCH} --save-every -1", "--save-every -1"),
+        (f"--bench {BENCH} --save-every nan", "--save-every nan"),
         (f"--bench {BENCH} --devices 0", "--devices 0"),
         (f"--bench {BENCH} --seeds 3-1", "--seeds 3-1"),
         (f"--bench {BENCH} --seeds 1,1", "--seeds 1,1"),

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import warnings
+from os.path import isfile  # of any text; Path's own raises for some
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,7 +144,7 @@ def load(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
     spec, tfds_dir = DATASETS[name], cache_dir / "tfds"
     looked_in = ", ".join(map(str, _places(data_dir, cache_dir)))
     advice = f"or put {_wanted(spec)} in {cache_dir / 'data'} (looked in {looked_in})"
-    prepared = tfds_source.prepare(spec.tfds_name, tfds_dir.expanduser(), advice)
+    prepared = tfds_source.prepare(spec.tfds_name, _expanded(tfds_dir), advice)
     return _dataset(name, *tfds_source.read_prepared(prepared, spec.num_classes, spec.shape), str(prepared))
 
 
@@ -154,7 +155,7 @@ def find(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset | None:
     if not DATASETS[name].layouts:
         return _dataset(name, *_load_digits())
     for place in _places(data_dir, cache_dir):
-        if found := _look(place.expanduser(), DATASETS[name]):
+        if found := _look(_expanded(place), DATASETS[name]):
             if data_dir is not None and place != data_dir:
                 warnings.warn(f"no {name} in {data_dir}: using {found[2]}", stacklevel=2)
             return _dataset(name, *found)
@@ -175,6 +176,10 @@ def _dataset(name: str, train: ImageSet, test: ImageSet, where: str) -> Dataset:
             stacklevel=3,
         )
     return Dataset(name, spec.num_classes, train, test, where, _digest(train, test))
+
+
+def _expanded(place: Path) -> Path:
+    return Path(os.path.expanduser(place))  # Path's own raises where there is no such user
 
 
 def _look(place: Path, spec: Source) -> tuple[ImageSet, ImageSet, str] | None:
@@ -203,11 +208,11 @@ def _read_layout(place: Path, layout: Layout, spec: Source) -> tuple[ImageSet, I
     if place.name in layout.folders:
         folders.append(place)  # the user pointed at the folder itself
     for folder in folders:
-        if any((folder / file).is_file() or (folder / f"{file}.gz").is_file() for file in names):
+        if any(isfile(folder / name) for file in names for name in (file, f"{file}.gz")):
             where, blobs = folder, readers.read_folder(folder, names)
             break
     else:
-        if not layout.archive or not (place / layout.archive).is_file():
+        if not layout.archive or not isfile(place / layout.archive):
             return None
         where, blobs = place / layout.archive, readers.read_archive(place / layout.archive, names)
 

@@ -7,10 +7,12 @@ before anything is read, and pickles may build numbers, text and arrays of integ
 import gzip
 import io
 import pickle
+import pickletools
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
+from os.path import isfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -18,7 +20,8 @@ import numpy as np
 
 from jaxunlearn.errors import UserError, one_line
 
-MAX_BYTES = 256 * 2**20  # of one file, decompressed; the largest official one has 155 million bytes
+MAX_BYTES = 256 * 2**20  # of a file or an archive, decompressed; the largest official archive has 187 million bytes
+MAX_OBJECTS = 2_000_000  # in a pickle, and of the numbers it gives them: each takes memory. Official: 0.3 million
 REMEDY = "download it again"
 
 
@@ -47,10 +50,10 @@ def read_folder(folder: Path, names: Sequence[str]) -> dict[str, Blob]:
     blobs = {}
     for name in names:
         path, zipped = folder / name, folder / f"{name}.gz"
-        if not path.is_file() and not zipped.is_file():
+        if not isfile(path) and not isfile(zipped):
             raise UserError(f"{path} is missing: put it beside the other files of its data set")
         try:
-            if path.is_file():
+            if isfile(path):
                 with path.open("rb") as file:
                     data = file.read(MAX_BYTES + 1)
             else:
@@ -67,27 +70,39 @@ def read_folder(folder: Path, names: Sequence[str]) -> dict[str, Blob]:
 
 def read_archive(archive: Path, names: Sequence[str]) -> dict[str, Blob]:
     """The named files of a `.tar.gz`, in whatever folder inside it. UserError if one is missing or it is broken."""
-    wanted, blobs = set(names), {}
+    blobs: dict[str, Blob] = {}
+    missing = set(names)
     try:
-        # "r|gz" streams: nothing is extracted, and reading stops at the last file that is wanted.
-        with tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
+        with gzip.open(archive) as stream:
+            while missing and (member := _next_member(stream)):
+                if stream.tell() + member.size > MAX_BYTES:
+                    raise UserError(f"{archive} holds more than {MAX_BYTES} bytes: {REMEDY}")
+                data = stream.read(member.size)
+                stream.read(-member.size % tarfile.BLOCKSIZE)
                 name = PurePosixPath(member.name).name
-                if name not in wanted or not member.isreg():
-                    continue
-                if member.size > MAX_BYTES:
-                    raise UserError(f"{archive}: {name} holds more than {MAX_BYTES} bytes: {REMEDY}")
-                file = tar.extractfile(member)
-                assert file is not None  # it is a regular file
-                blobs[name] = Blob(f"{archive}: {name}", file.read())
-                wanted.remove(name)
-                if not wanted:
-                    break
-    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+                if name in missing and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    blobs[name] = Blob(f"{archive}: {name}", data)
+                    missing.remove(name)
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
         raise UserError(f"{archive} cannot be read ({one_line(error)}): {REMEDY}") from error
-    if wanted:
-        raise UserError(f"{archive} lacks {', '.join(sorted(wanted))}: {REMEDY}")
+    if missing:
+        raise UserError(f"{archive} lacks {', '.join(sorted(missing))}: {REMEDY}")
     return blobs
+
+
+def _next_member(stream: gzip.GzipFile) -> tarfile.TarInfo | None:
+    """The next member's header, None at the end: only names of up to 100 bytes, which the official files have.
+
+    The headers that extend others are members without a use here. tarfile itself, where it follows them, takes as
+    much memory, time and stack as the file asks for.
+    """
+    header = stream.read(tarfile.BLOCKSIZE)
+    if not header.strip(b"\0"):
+        return None
+    member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    if member.size < 0:
+        raise tarfile.ReadError("a member of negative size")
+    return member
 
 
 # ---- formats: (blobs, (H, W, C)) -> images u8[N, H, W, C], labels[N] ----------------------------------------------
@@ -97,6 +112,10 @@ def parse_cifar_pickle(blobs: Sequence[Blob], shape: tuple[int, int, int]) -> tu
     """The `python` version: a dictionary of `data` u8[N, C*H*W] and `labels`, or for CIFAR-100 `fine_labels`."""
     (where, data), (height, width, channels) = blobs[0], shape
     try:
+        for count, (opcode, number, _) in enumerate(pickletools.genops(data)):
+            most = number if isinstance(number, int) and opcode.name.endswith("PUT") else 0
+            if max(count, most) > MAX_OBJECTS:
+                raise pickle.UnpicklingError(f"more than {MAX_OBJECTS} objects")
         content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()  # Python 2 text is bytes
         table = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
         rows = _plain(table["data"])
@@ -234,5 +253,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _plain(value: Any) -> np.ndarray:
-    """An array, from a pickled one or from a list."""
-    return value.array if isinstance(value, _Array) else np.array(value)
+    """An array, from a pickled one or from a flat list: nested ones can be far larger than the file."""
+    if isinstance(value, _Array):
+        return value.array
+    if not all(isinstance(item, int) for item in value):
+        raise ValueError("a list of other things than whole numbers")
+    return np.array(value)

@@ -6,9 +6,12 @@ The library is imported inside the functions: users of local files should not wa
 import contextlib
 import importlib.util
 import io
+import json
+import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +22,9 @@ from jaxunlearn.errors import UserError, one_line
 def find_prepared(place: Path, name: str) -> Path | None:
     """The newest version of a data set that tensorflow-datasets prepared in `place/name/<version>/`, if any."""
     versions = {}
-    for info in place.glob(f"{name}/*/dataset_info.json"):
+    if not os.path.isdir(place / name):  # of any text, where glob raises for some
+        return None
+    for info in (place / name).glob("*/dataset_info.json"):
         if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name):  # not incomplete.XXXXXX_3.0.2
             versions[tuple(map(int, info.parent.name.split(".")))] = info.parent
     return versions[max(versions)] if versions else None
@@ -35,6 +40,7 @@ def read_prepared(folder: Path, num_classes: int, shape: tuple[int, int, int]) -
     try:
         import tensorflow_datasets as tfds
 
+        _check_features(folder / "features.json")
         builder = tfds.builder_from_directory(folder)
         # Left as PNG: tensorflow-datasets would decode them with the same library, more slowly, and ask for OpenCV.
         raw = {"image": tfds.decode.SkipDecoding()}
@@ -46,6 +52,18 @@ def read_prepared(folder: Path, num_classes: int, shape: tuple[int, int, int]) -
     except Exception as error:  # broken metadata, records and images can raise anything
         raise UserError(f"{folder} cannot be read ({one_line(error)}): remove it to prepare it again") from error
     return checked(*train, num_classes, f"{folder} (train)"), checked(*test, num_classes, f"{folder} (test)")
+
+
+def _check_features(path: Path) -> None:
+    """Raises ValueError where a folder asks for a class of others: tensorflow-datasets would import its module."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        for key, value in pairs:
+            named = key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str)
+            if named and not value.startswith("tensorflow_datasets."):
+                raise ValueError(f"{path.name} asks for {value}")
+
+    json.loads(path.read_bytes(), object_pairs_hook=check)
 
 
 def _read_split(source, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,16 +11,18 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.errors import UserError, blamed
 from jaxunlearn.methods.rule import UnlearningRule
 
 BASELINES = ("retain_finetune", "negative_gradient", "bad_teacher", "scrub")
+LONGEST_TITLE = 200  # bytes of a file's name; file systems allow 255, of which a record's folder needs a few
 RETRAIN = "retrain"  # the reference row: no rule, a model trained from scratch without the forgotten class
 
 
@@ -50,6 +52,9 @@ def get_method(name: str, settings: dict[str, str] | None = None) -> Method:
         title = Path(name).stem
         if title in (*names(), RETRAIN):
             raise UserError(f"{name}: '{title}' is the name of a method of the package: rename the file")
+        # It will be printed, and a part of a folder's name.
+        if not title.isprintable() or title.startswith(".") or len(os.fsencode(title)) > LONGEST_TITLE:
+            raise UserError(f"{name}: its results could not be named like it: rename the file, to letters and digits")
         file, factory = Path(name), _load_file(Path(name))
     elif name in names():
         module = importlib.import_module(f"{__name__}.{name}")
@@ -65,10 +70,8 @@ def get_method(name: str, settings: dict[str, str] | None = None) -> Method:
 def build_rule(method: Method, context: Any) -> UnlearningRule:
     """Calls the factory. Raises UserError where what it returns is no rule."""
     assert method.factory is not None
-    try:
+    with blamed(f"method '{method.name}': its rule() failed"):
         rule = method.factory(context, **method.hyperparameters)
-    except Exception as error:
-        raise UserError(f"method '{method.name}': its rule() failed: {one_line(error)}") from error
     if not isinstance(rule, UnlearningRule):
         kind = type(rule).__name__
         raise UserError(f"method '{method.name}': rule(context) returned {kind}, it must return an UnlearningRule")
@@ -85,16 +88,16 @@ def parse_value(name: str, text: str, default: Any) -> Any:
                 raise ValueError
             return value
         if isinstance(default, int | str):
-            return type(default)(text)
+            return int(text) if isinstance(default, int) else text
         value = ast.literal_eval(text)
-        json.dumps(value, allow_nan=False)
+        _check_json(value)
         if isinstance(default, tuple):
             items = tuple(type(default[0])(item) for item in value) if default else tuple(value)
             if not isinstance(value, tuple | list) or items != tuple(value):
                 raise ValueError
             return items
         return value
-    except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         expected = "true or false" if isinstance(default, bool) else f"a value like {default!r}"
         raise UserError(f"--set {name}={text}: expected {expected}") from None
 
@@ -110,10 +113,11 @@ def _apply(title: str, defaults: dict[str, Any], settings: dict[str, str]) -> di
 def _defaults(title: str, factory: Any) -> dict[str, Any]:
     if not callable(factory):
         raise UserError(f"method '{title}': `rule` is not callable, it must be a factory rule(context, *, ...)")
-    try:
-        parameters = list(inspect.signature(factory).parameters.values())
-    except ValueError:
-        parameters = []  # a builtin that does not say what it takes
+    with blamed(f"method '{title}'"):
+        try:
+            parameters = list(inspect.signature(factory).parameters.values())
+        except ValueError:
+            parameters = []  # a builtin that does not say what it takes
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     if len(parameters) != len(keywords) + 1:
         raise UserError(f"method '{title}': write rule(context, *, hyperparameters with defaults)")
@@ -121,39 +125,39 @@ def _defaults(title: str, factory: Any) -> dict[str, Any]:
         if parameter.default is parameter.empty:
             raise UserError(f"method '{title}': hyperparameter '{parameter.name}' needs a default")
         try:
-            json.dumps(parameter.default, allow_nan=False)  # it goes into the record
-        except (ValueError, TypeError):
+            _check_json(parameter.default)
+        except (ValueError, TypeError, RecursionError):
             message = "its default must be a finite number, a text, true or false, None, or a tuple of these"
             raise UserError(f"method '{title}': hyperparameter '{parameter.name}': {message}") from None
     return {p.name: p.default for p in keywords}
 
 
+def _check_json(value: Any) -> None:
+    """Raises what json.dumps raises where a value cannot go into a record and, sorted, into its folder's name."""
+    json.dumps(value, allow_nan=False, sort_keys=True)
+
+
 def _load_file(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's own, of any text
         raise UserError(f"{path}: no such rule file")
     spec = importlib.util.spec_from_file_location(f"jaxunlearn_rule_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look it up
-    try:
+    with blamed(f"{path}: the rule file failed to import"):
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: the rule file failed to import: {one_line(error)}") from error
-    if hasattr(module, "rule"):
+    if "rule" in vars(module):
         return module.rule
-    classes = {
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "unlearn_step")
-    }
-    if len(classes) > 1:
-        several = " and ".join(sorted(cls.__name__ for cls in classes))
-        raise UserError(f"{path}: {several} have an `unlearn_step`: add `rule = as_rule(...)` of one of them")
-    if not classes:
-        raise UserError(f"{path}: the rule file defines no `rule`, and no class with an `unlearn_step`")
     from jaxunlearn.torch_style import as_rule  # here: it is written with this package's `rule`
 
-    (cls,) = classes
-    try:
-        return as_rule(cls)
-    except Exception as error:
-        raise UserError(f"{path}: {one_line(error)}") from error
+    with blamed(str(path)):
+        classes = {
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "unlearn_step")
+        }
+        if len(classes) > 1:
+            several = " and ".join(sorted(cls.__name__ for cls in classes))
+            raise UserError(f"{several} have an `unlearn_step`: add `rule = as_rule(...)` of one of them")
+        if not classes:
+            raise UserError("the rule file defines no `rule`, and no class with an `unlearn_step`")
+        return as_rule(*classes)

@@ -59,10 +59,11 @@ def from_state_dict(state: Mapping[str, np.ndarray], variables: Any) -> dict[str
         raise UserError(f"weights must be real numbers: {_listing(wrong)}")
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     expected = {_key(path): _torch_shape(path, leaf.shape) for path, leaf in leaves}
-    given = _without_biases({key: state[name] for key, name in names.items()}, expected)
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        given = _without_biases({key: state[name] for key, name in names.items()}, expected)
     if problem := _misfit({key: value.shape for key, value in given.items()}, expected, names):
         raise UserError(f"weights do not fit the model: {problem}")
-    with np.errstate(over="ignore"):  # too large for the dtype is not finite either
+    with np.errstate(all="ignore"):  # too large for the dtype is not finite either
         cast = {_key(path): given[_key(path)].astype(leaf.dtype) for path, leaf in leaves}
     if wrong := [names[key] for key, value in cast.items() if not np.isfinite(value).all()]:
         raise UserError(f"weights must be finite: {_listing(wrong)}")
@@ -99,7 +100,7 @@ def _without_biases(given: Mapping[str, np.ndarray], expected: Shapes) -> dict[s
     given = dict(given)
     for key in [key for key, shape in expected.items() if len(shape) == 4]:
         bias, mean = key.removesuffix("weight") + "bias", _norm_behind(key) + ".running_mean"
-        if bias in given and mean in given and given[bias].shape == given[mean].shape:
+        if bias in given and mean in given and given[bias].shape == given[mean].shape == expected.get(mean):
             given[mean] = given[mean].astype(np.float64) - given.pop(bias)
     return given
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,9 @@ from jaxunlearn.files import write_atomically
 
 # Where a checkpoint keeps its state_dict when it holds more, such as the optimizer.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+
+MAX_BYTES = 2 * 2**30  # of a file, decompressed: a checkpoint of our largest model with Adam has 0.4 GB
+OLDEST_TORCH = "2.10"  # CVE-2025-32434 and CVE-2026-24747: before, `weights_only` does not keep what it promises
 
 # Names of safetensors' dtypes. Its own readers for numpy leave bfloat16 out.
 DTYPES = {
@@ -40,11 +44,12 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     read = READERS.get(path.suffix.lower())
-    if not path.exists():
+    if not os.path.isfile(path):  # of any text; a device or a pipe may never end
         raise UserError(f"no weights file {path}")
     if read is None:
         raise UserError(f"cannot read weights file {path}: its name must end in {', '.join(READERS)}")
     try:
+        _check_size(path.stat().st_size)
         arrays = read(path)
     except ImportError:
         raise UserError(
@@ -61,11 +66,17 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_atomically(path, safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
 
 
+def _check_size(*sizes: int) -> None:
+    if sum(sizes) > MAX_BYTES:
+        raise ValueError(f"it holds more than {MAX_BYTES} bytes, more than weights and an optimizer")
+
+
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise ValueError("a single array, not an .npz archive")
+        _check_size(*(member.file_size for member in archive.zip.infolist()))
         arrays = {key: archive[key] for key in archive.files}
     if other := [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]:
         raise ValueError(f"'{other[0]}' in it is no array")
@@ -84,6 +95,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     import torch  # type: ignore[import-not-found, unused-ignore]
 
+    if torch.__version__ < OLDEST_TORCH:
+        raise ValueError(f"PyTorch {torch.__version__} can be made to run code by a file: update it to {OLDEST_TORCH}")
+    if is_zipfile(path):  # PyTorch's format since 1.6
+        with ZipFile(path) as archive:
+            _check_size(*(member.file_size for member in archive.infolist()))
     state: Any = torch.load(path, map_location="cpu", weights_only=True)
     for name in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
@@ -92,6 +108,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise ValueError("it holds no state_dict: save model.state_dict()")
     if other := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"'{other[0]}' in it is no tensor: save model.state_dict()")
+    _check_size(*(value.numel() * value.element_size() for value in state.values()))  # a view can repeat its elements
     # numpy has no bfloat16 for PyTorch to convert to.
     tensors = {str(key): value.float() if value.dtype == torch.bfloat16 else value for key, value in state.items()}
     return {key: value.detach().numpy() for key, value in tensors.items()}
