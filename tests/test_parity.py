@@ -158,7 +158,8 @@ def test_a_biased_running_variance_is_seen(case, monkeypatch):
 def test_a_missing_square_of_the_temperature_is_seen(case, monkeypatch):
     kl_divergence = harness.kl_divergence
     monkeypatch.setattr(harness, "kl_divergence", lambda targets, logits: kl_divergence(targets, logits) / 16)
-    assert {("loss", "fp32"), ("gradients", "fp64"), (f"parameters after {STEPS} steps", "fp64")} <= out(case)
+    # In fp32 the loss hides it: with alpha = .01 it is 3e-6 of the loss, less than rounding may be.
+    assert {("loss", "fp64"), ("gradients", "fp64"), (f"parameters after {STEPS} steps", "fp64")} <= out(case)
 
 
 def test_adams_epsilon_under_the_root_is_seen(case, monkeypatch):
@@ -190,8 +191,11 @@ def test_the_fast_depthwise_convolution_is_pytorchs(stride):
     layer = torch.nn.Conv2d(4, 4, 3, stride, 1, groups=4, bias=False, dtype=torch.float64)
     images = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     expected = layer(images)
-    layer.__class__ = sides.Depthwise
+    (gradient,) = torch.autograd.grad(expected.square().sum(), layer.weight)
+    models.use_depthwise_products(layer)
     torch.testing.assert_close(layer(images), expected, rtol=1e-12, atol=1e-14)
+    (again,) = torch.autograd.grad(layer(images).square().sum(), layer.weight)
+    torch.testing.assert_close(again, gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_values_that_are_not_finite_are_out():

@@ -134,6 +134,7 @@ def quantities(case: Case) -> dict[str, list[Quantity]]:
             Quantity("BatchNorm after 1 step", statistics),
         ],
         "fp64": [
+            Quantity("loss", loss, lambda a: a.loss),
             Quantity("gradients", gradients),
             Quantity(f"parameters {after}", parameters),
             Quantity(f"BatchNorm {after}", statistics),

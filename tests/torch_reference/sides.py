@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-import torch.nn.functional as F
 from numpy.typing import DTypeLike
 
 from jaxunlearn.benchmarks import Protocol
@@ -236,26 +235,12 @@ def tensors(batch: Batch, dtype: torch.dtype) -> harness.Pair:
     return images.permute(0, 3, 1, 2).to(dtype), labels.long()
 
 
-class Depthwise(torch.nn.Conv2d):
-    """A depthwise 3x3 convolution as nine products: PyTorch's own takes the channels one by one in float64."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        height, width, stride = *x.shape[2:], self.stride[0]
-        x, taps = F.pad(x, (1, 1, 1, 1)), self.weight[:, 0, :, :, None, None]
-        parts = (
-            x[:, :, i : i + height : stride, j : j + width : stride] * taps[:, i, j] for i in range(3) for j in range(3)
-        )
-        return sum(parts, start=torch.zeros((), dtype=x.dtype))
-
-
 def pytorch_model(case: Case, params: Any, precision: str) -> torch.nn.Module:
     model = models.build(case.protocol, case.num_classes, dropout=0.0)
     state = to_state_dict({"params": params, "batch_stats": case.variables["batch_stats"]})
     model.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
     if precision == "fp64":
-        for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
-                module.__class__ = Depthwise
+        models.use_depthwise_products(model)
     return model.to(DTYPES[precision][1])
 
 
@@ -269,9 +254,11 @@ def perturb(model: torch.nn.Module, size: float, draw: int) -> None:
 
 
 def rounding(case: Case, dtype: DTypeLike) -> float:
-    """The relative error that rounding makes in the model's longest product of weights and inputs: sqrt(n) u."""
+    """The relative error that rounding makes in the longest sum of a step, sqrt(n) u: n is the length of a product of
+    weights and inputs, or the number of a batch's pixels, over which BatchNorm and the gradients of weights add."""
     longest = max(math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(case.variables["params"]))
-    return float(math.sqrt(longest) * np.finfo(dtype).eps / 2)
+    pixels = BATCH_SIZE * math.prod(case.test.images.shape[1:3])
+    return float(math.sqrt(max(longest, pixels)) * np.finfo(dtype).eps / 2)
 
 
 @torch.no_grad()
