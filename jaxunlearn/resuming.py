@@ -87,8 +87,9 @@ def train(
             before = [one for one in (saved[i] for i in group) if one]
             state = _on_device([one.leaves for one in before], abstract, training.mesh) if before else None
             keeper = Saving([entries[i] for i in group], before, training, save_every)
-            _advance(training, state, first_state, seed_keys([seeds[i] for i in group]), keeper, reporter, title)
-        for i, result in zip(group, keeper.finish(), strict=True):
+            keys = seed_keys([seeds[i] for i in group])
+            results = _advance(training, state, first_state, keys, keeper, reporter, title)
+        for i, result in zip(group, results, strict=True):
             saved[i] = result
     done = [one for one in saved if one]
     state = _on_device([one.leaves for one in done], abstract, mesh)
@@ -103,7 +104,7 @@ def _advance(
     keeper: "Saving",
     reporter: Reporter,
     title: str,
-) -> None:
+) -> list[Saved]:
     steps, (epoch, first) = training.steps_per_epoch, keeper.position
     images = training.images_per_epoch * len(keys)
     bar = reporter.task(title, training.epochs, steps, images, epoch * steps + first)
@@ -117,6 +118,7 @@ def _advance(
             epoch, first = epoch + 1, 0
         keeper.position = Position(epoch, 0)
         keeper.keep(0, state, {})
+        return keeper.finish()  # before signals are what they were: one would end the process while the thread writes
 
 
 class Saving:
@@ -175,10 +177,12 @@ class Saving:
                 self.diverged[i] = first + int(wild[0])
 
     def finish(self) -> list[Saved]:
-        """What was saved last, once it is written."""
+        """What was saved last, once it is written. Raises KeyboardInterrupt where the run was asked to stop."""
         with self._training.timing("checkpoint_s"):
             self._wait()
         self._thread.shutdown()
+        if self.stopping():
+            raise KeyboardInterrupt
         return self._saved
 
     def _wait(self) -> None:

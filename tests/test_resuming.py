@@ -1,7 +1,6 @@
 """Runs that are killed, stopped or short of disk, and what the same command makes of them afterwards."""
 
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from tiny_bench import DIGITS, NAME
 
 from jaxunlearn.checkpoints import Entry
 
-METHODS = ("scrub", "bad_teacher")
+METHODS = ("scrub",)
 STEPS = 320 // 16  # an epoch of pretraining; of unlearning 18
 SETUPS = {"two seeds": ("--seeds", "1,2", "--devices", "1"), "two devices": ("--seeds", "3", "--devices", "2")}
 
@@ -83,7 +82,7 @@ def undisturbed(tmp_path_factory, compiled):
         assert job.finish() == ""
         outcomes[setup] = job.outcome()
         assert not list((job.folder / "cache").glob("unlearning/*"))  # it goes with the last record
-    assert len(outcomes["two seeds"]) > 2 * len(METHODS)
+    assert len(outcomes["two seeds"]) > 2 * len(METHODS)  # pretrained models' leaves, and these
     return outcomes
 
 
@@ -151,18 +150,3 @@ def test_two_processes_that_want_the_same_model_train_it_once(tmp_path, compiled
     seconds = [next(line for line in text.splitlines() if "pretrain_s" in line) for text in records]
     assert len(seconds) == 2 and seconds[0] == seconds[1]  # as the one that trained it wrote down
     assert first.outcome() == undisturbed["two seeds"]
-
-
-def test_a_disk_that_is_full_ends_no_run(tmp_path, compiled, undisturbed):
-    job = Job(tmp_path, compiled, "two seeds")
-
-    def full():
-        # Like a full disk to whoever writes more than this, without one: records fit, checkpoints do not.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
-
-    err = job.finish(preexec_fn=full)
-    assert "a checkpoint was not written" in err and "Traceback" not in err
-    assert not list(job.folder.glob("cache/*/*/epoch*"))
-    assert len(list((job.folder / "weights").rglob("*.safetensors"))) == 4
-    assert job.finish() == ""
-    assert job.outcome() == undisturbed["two seeds"]

@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 from tiny import PROTOCOL
 
@@ -124,6 +127,21 @@ def test_a_run_that_stops_anywhere_goes_on_from_there_and_ends_the_same(tmp_path
     resumed = results(request_of(tmp_path / "b", **options))
     assert len(steps) == 3 * 5 + 2 * 5 - at  # none twice
     assert list(map(numbers, resumed)) == list(map(numbers, undisturbed))
+
+
+def test_a_disk_that_is_full_ends_no_run(tmp_path, monkeypatch):
+    undisturbed = results(request_of(tmp_path / "a", protocol=STEPPED))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp, "save", full)
+        with pytest.warns(UserWarning, match=r"a checkpoint was not written \(OSError: .*No space left"):
+            records = results(request_of(tmp_path / "b", protocol=STEPPED, save_every=0.0))
+    assert list(map(numbers, records)) == list(map(numbers, undisturbed))
+    assert not list(tmp_path.glob("b/cache/*/*/epoch*"))
+    assert list(map(numbers, results(request_of(tmp_path / "b", protocol=STEPPED)))) == list(map(numbers, undisturbed))
 
 
 def test_methods_that_are_done_are_not_redone_after_an_interruption(tmp_path, monkeypatch):
