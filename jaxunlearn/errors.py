@@ -1,10 +1,8 @@
 """The one exception that a user is meant to read, and what is made of it."""
 
-import argparse
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 LONGEST = 2000  # characters of a message: more of a long name or value helps nobody
 
@@ -48,10 +46,3 @@ def blamed(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise UserError(f"{what}: {error if isinstance(error, UserError) else one_line(error)}") from error
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong command line, where argparse prints its usage and ends the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)

@@ -13,12 +13,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def deferred() -> Iterator[Callable[[], bool]]:
     """Yields whether one of `SIGNALS` has come. Inside, the first changes nothing else; the next one acts as outside.
 
-    In a thread that is not the main one, signals stay as they are.
+    Signals that are ignored, as Ctrl-C is under nohup, stay so; in a thread that is not the main one, all do.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
     asked = False
 
     def restore() -> None:
@@ -30,7 +31,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
         asked = True
         restore()
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, ask)
     try:
         yield lambda: asked

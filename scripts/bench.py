@@ -12,12 +12,12 @@ import json
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, Protocol, get_benchmark
-from jaxunlearn.errors import Parser, UserError
+from jaxunlearn.commands import Parser, exit_status
+from jaxunlearn.errors import UserError
 from jaxunlearn.files import default_cache
 from jaxunlearn.memory import restart_with_huge_pages
 
@@ -42,7 +42,7 @@ NOT_SET = {*FLAGS, "init_weights", "model", "dataset"}
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--bench", metavar="NAME", help="the benchmark: " + ", ".join(BENCHMARKS))
     add("--list", action="store_true", help="list benchmarks and methods, and stop")
@@ -244,15 +244,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of the command line."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        return run(make_parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 1
+    return exit_status(run, make_parser(), arguments, "interrupted: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ difference is within what rounding explains; 1 one is not; 2 the input is wrong.
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxunlearn.benchmarks import BENCHMARKS, get_benchmark
-from jaxunlearn.errors import Parser, UserError
+from jaxunlearn.commands import Parser, exit_status
+from jaxunlearn.errors import UserError
 from jaxunlearn.files import default_cache
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # where the PyTorch reference is
@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))  # where the PyTorc
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--bench", required=True, metavar="NAME", help="the benchmark: " + ", ".join(BENCHMARKS))
     parser.add_argument("--method", metavar="NAME", help="one baseline (default: the four)")
     parser.add_argument(
@@ -72,12 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of the command line."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        return run(make_parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(run, make_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, get_benchmark
-from jaxunlearn.errors import Parser, UserError
+from jaxunlearn.commands import Parser, exit_status
+from jaxunlearn.errors import UserError
 from jaxunlearn.memory import restart_with_huge_pages
 
 PAIRS = 5
@@ -28,7 +29,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))  # where the PyTorc
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--bench", metavar="NAME", required=True, help="the benchmark: " + ", ".join(BENCHMARKS))
     add("--against", choices=["torch"], help="what to take turns with: eager PyTorch on the CPU")
@@ -130,19 +131,16 @@ def print_record(record: dict[str, Any]) -> None:
     console.print("; ".join(facts), highlight=False, soft_wrap=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status of the command line."""
-    try:
-        args = make_parser().parse_args(arguments)
-        record = measure(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 1
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints. Raises UserError."""
+    record = measure(args)
     print(json.dumps(record)) if args.json else print_record(record)
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status of the command line."""
+    return exit_status(run, make_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from jaxunlearn.stopping import SIGNALS, deferred
 @pytest.fixture(autouse=True)
 def handlers():
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -26,6 +27,14 @@ def test_the_first_signal_asks_and_the_second_interrupts(number):
             os.kill(os.getpid(), number)
     with pytest.raises(KeyboardInterrupt):  # outside, as before
         os.kill(os.getpid(), number)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with deferred() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not asked()
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_another_thread_leaves_signals_alone():

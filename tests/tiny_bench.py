@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import runpy
+import signal
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ DIGITS = dataclasses.replace(
 )
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # or it would start itself again
     jax.config.update("jax_disable_most_optimizations", True)
     MODELS[TINY] = Tiny
