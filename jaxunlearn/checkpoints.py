@@ -115,25 +115,19 @@ def locked(entries: Sequence[Entry]) -> Iterator[None]:
         yield
 
 
-def load_together(
-    entries: Sequence[Entry], abstract: dict[str, jax.ShapeDtypeStruct], end: Position
-) -> list[Saved | None]:
+def load_together(entries: Sequence[Entry], abstract: dict[str, jax.ShapeDtypeStruct]) -> list[Saved | None]:
     """What each entry goes on from. `abstract` has the shapes and dtypes of one state's leaves.
 
-    Entries that are trained together must go on together, or they would not end as if undisturbed: where a process
-    died while it saved some of them, all go back to the newest checkpoint that all have. What finished before, `end`
-    being all that is left of it, does not count. Call it while the entries are `locked`.
+    Seeds that are trained together must go on together, or they would not end as if undisturbed: where a process died
+    while it saved some of them, those go back to the newest checkpoint that all have, or to the start where the first
+    was being written. Call it while the entries are `locked`.
 
     A checkpoint that cannot be read is set aside under another name, with a warning, and the one before it is used.
     """
     for entry in entries:
-        for path in (*entry.folder.glob(f"*{DISCARDED}"), *entry.folder.glob("*.orbax-checkpoint-tmp*")):
-            shutil.rmtree(path, ignore_errors=True)  # what a dead process was writing or removing
+        _clean(entry)
     while True:
-        have = [entry.positions for entry in entries]
-        unfinished = [positions for positions in have if positions != {end}]
-        common = set.intersection(*unfinished) if unfinished else set()
-        chosen = [max(common) if common and positions != {end} else max(positions, default=None) for positions in have]
+        chosen = _choose(entries)
         loaded = [
             None if position is None else load(entry, position, abstract)
             for entry, position in zip(entries, chosen, strict=True)
@@ -142,6 +136,31 @@ def load_together(
             for entry, position in zip(entries, chosen, strict=True):
                 discard(entry, but=position)
             return loaded
+
+
+def _choose(entries: Sequence[Entry]) -> list[Position | None]:
+    by_name = {entry.folder.name: entry for entry in entries}
+    chosen: list[Position | None] = []
+    for entry in entries:
+        newest = max(entry.positions, default=None)
+        names, first = _saved_with(entry, newest)
+        group = [entry, *(by_name[name] for name in names if name in by_name)]
+        common = set.intersection(*(member.positions for member in group))
+        if common:
+            newest = max(common)
+        elif first and not all(member.folder.exists() for member in group):
+            newest = None  # the process died before it had written all of them once
+        chosen.append(newest)
+    return chosen
+
+
+def _saved_with(entry: Entry, position: Position | None) -> tuple[list[str], bool]:
+    """Names of the entries that were being saved with this one, and whether none of them had been before."""
+    try:
+        about = ocp.metadata(entry.path(position)).custom_metadata if position else {}
+        return about.get("together", []), about.get("first", False)
+    except Exception:  # `load` will say what is wrong with it
+        return [], False
 
 
 def load(entry: Entry, position: Position, abstract: dict[str, jax.ShapeDtypeStruct]) -> Saved | None:
@@ -171,21 +190,42 @@ def load(entry: Entry, position: Position, abstract: dict[str, jax.ShapeDtypeStr
 
 def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
     """Writes one state an entry, then removes what those replace. Raises what Orbax does where it cannot."""
-    for entry, one in zip(entries, saved, strict=True):
-        written = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
-        made_by = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-        leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
-        ocp.save(entry.path(one.position), leaves, custom_metadata=entry.about | written | made_by, overwrite=True)
+    group = {
+        "together": [entry.folder.name for entry in entries],
+        "first": not any(entry.positions for entry in entries),
+    }
+    try:
+        for entry, one in zip(entries, saved, strict=True):
+            written = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
+            written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+            leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
+            ocp.save(entry.path(one.position), leaves, custom_metadata=entry.about | group | written, overwrite=True)
+    except BaseException:
+        for entry, one in zip(entries, saved, strict=True):  # or a full disk would stay so
+            _discard(entry, {one.position} & entry.positions)
+            _clean(entry)
+        raise
     for entry, one in zip(entries, saved, strict=True):
         discard(entry, but=one.position)
 
 
 def discard(entry: Entry, but: Position | None = None) -> None:
     """Removes every checkpoint of an entry `but` one; the entry itself where none is left."""
-    for position in entry.positions - {but}:
+    _discard(entry, entry.positions - {but})
+    _clean(entry)
+
+
+def _discard(entry: Entry, positions: set[Position]) -> None:
+    for position in positions:
         # Renamed first: a process that dies in between must not leave half a checkpoint.
         path = entry.path(position)
         shutil.rmtree(path.rename(path.with_name(path.name + DISCARDED)), ignore_errors=True)
+
+
+def _clean(entry: Entry) -> None:
+    """Removes what a process was writing or removing when it died, and the folder of an entry that has nothing."""
+    for path in (*entry.folder.glob(f"*{DISCARDED}"), *entry.folder.glob("*.orbax-checkpoint-tmp*")):
+        shutil.rmtree(path, ignore_errors=True)
     if entry.folder.exists() and not any(entry.folder.iterdir()):
         entry.folder.rmdir()
 

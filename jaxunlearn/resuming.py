@@ -8,9 +8,11 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxunlearn.checkpoints import Entry, Leaves, Position, Saved, load_together, save_together
@@ -75,7 +77,7 @@ def train(
     abstract = whole.training.abstract()
     shapes = _leaves(jax.eval_shape(_key_data, abstract))
     end = Position(whole.training.epochs, 0)
-    saved = load_together(entries, shapes, end)
+    saved = load_together(entries, shapes)
     by_position: dict[Position, list[int]] = {}
     for i, one in enumerate(saved):
         by_position.setdefault(one.position if one else Position(0, 0), []).append(i)
@@ -108,7 +110,7 @@ def _advance(
     steps, (epoch, first) = training.steps_per_epoch, keeper.position
     images = training.images_per_epoch * len(keys)
     bar = reporter.task(title, training.epochs, steps, images, epoch * steps + first)
-    with bar as report, deferred() as stopping:
+    with bar as report, deferred() as stopping, closing(keeper):
         keeper.stopping = stopping
         state = first_state() if state is None else state
         while epoch < training.epochs and None in keeper.diverged:
@@ -116,6 +118,7 @@ def _advance(
             state, metrics = training.epoch(state, keys, epoch, report(epoch), first, keeper)
             keeper.note(metrics)
             epoch, first = epoch + 1, 0
+            keeper.note_weights(state, epoch * steps - 1)
         keeper.position = Position(epoch, 0)
         keeper.keep(0, state, {})
         return keeper.finish()  # before signals are what they were: one would end the process while the thread writes
@@ -134,6 +137,7 @@ class Saving:
         self._not_training = self._overhead()
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
+        self._submitted: Position | None = None
         self._saved: list[Saved] = []
 
     def due(self) -> bool:
@@ -150,23 +154,22 @@ class Saving:
         with self._training.timing("checkpoint_s"):
             steps, (epoch, _) = self._training.steps_per_epoch, self.position
             position = Position(epoch + done // steps, done % steps)
-            if not self._saved or self._saved[0].position != position:
+            if position != self._submitted:
                 self._save(state, position)
             if self.stopping():
                 self._wait()
                 raise KeyboardInterrupt
 
     def _save(self, state: Any, position: Position) -> None:
-        steps, states = self._training.steps_per_epoch, _to_host(state, len(self._entries))
         elapsed = time.perf_counter() - self._start - (self._overhead() - self._not_training)
+        states = _to_host(state, len(self._entries))
         self._saved = [
-            Saved(_leaves(one), position, seconds + elapsed / len(states), _diverged(one, position, steps, known))
-            for one, seconds, known in zip(states, self._seconds, self.diverged, strict=True)
+            Saved(_leaves(one), position, seconds + elapsed / len(states), diverged)
+            for one, seconds, diverged in zip(states, self._seconds, self.diverged, strict=True)
         ]
-        self.diverged = [one.diverged for one in self._saved]
         self._wait()
         self._writing = self._thread.submit(save_together, self._entries, self._saved)
-        self._last = time.perf_counter()
+        self._last, self._submitted = time.perf_counter(), position
 
     def note(self, metrics: dict[str, np.ndarray]) -> None:
         """Looks for the first loss that is not finite among those since the running epoch was entered."""
@@ -176,29 +179,40 @@ class Saving:
             if self.diverged[i] is None and wild.size:
                 self.diverged[i] = first + int(wild[0])
 
+    def note_weights(self, state: Any, step: int) -> None:
+        """Looks for weights and statistics that are not finite after `step`, the last of an epoch: whatever is saved
+        when, the same step is found."""
+        finite = jax.device_get(_finite((state.params, state.batch_stats)))
+        self.diverged = [
+            step if known is None and not fine else known for known, fine in zip(self.diverged, finite, strict=True)
+        ]
+
     def finish(self) -> list[Saved]:
-        """What was saved last, once it is written. Raises KeyboardInterrupt where the run was asked to stop."""
+        """What was saved last, once it is written."""
         with self._training.timing("checkpoint_s"):
             self._wait()
-        self._thread.shutdown()
-        if self.stopping():
-            raise KeyboardInterrupt
         return self._saved
+
+    def close(self) -> None:
+        """Waits for the thread: the entries are not to be unlocked while it writes."""
+        self._thread.shutdown()
 
     def _wait(self) -> None:
         if self._writing is None:
             return
         error, self._writing = self._writing.exception(), None
         if error:  # of a full disk, mostly: no reason to throw the run away
+            self._submitted = None
             warnings.warn(f"a checkpoint was not written ({one_line(error)}): the run goes on without", stacklevel=2)
 
     def _overhead(self) -> float:
         return sum(self._training.timing.get(name, 0.0) for name in ("compile_s", "checkpoint_s"))
 
 
-def _diverged(state: Any, position: Position, steps: int, known: int | None) -> int | None:
-    finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.batch_stats)))
-    return position.epoch * steps + position.step if known is None and not finite else known
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    """bool[S]: whether a seed's part of every array is finite."""
+    return jnp.stack([jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in jax.tree.leaves(tree)]).all(0)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

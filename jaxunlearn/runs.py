@@ -17,7 +17,7 @@ from jaxunlearn.benchmarks import Protocol, get_benchmark, validate
 from jaxunlearn.checkpoints import Entry, discard, locked, pretrain_entry, unlearn_entry
 from jaxunlearn.data.batches import Images, resize
 from jaxunlearn.data.datasets import DATASETS, ImageSet, load
-from jaxunlearn.errors import UserError
+from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.evaluation import Evaluator
 from jaxunlearn.files import check_writable
 from jaxunlearn.loop import Timing, batch_sizes
@@ -113,21 +113,22 @@ class Run:
 
     def results(self) -> Iterator[tuple[dict[str, Any], str | None]]:
         """Runs every method; yields each record once it is written, and a warning where something was not."""
-        request, unfinished = self.request, list[Entry]()
+        request = self.request
         with jax.set_mesh(self.mesh), ExitStack() as locks:
             pretrained = self.given or self._train_or_load(without=None)
             with self.timing("evaluate_s"):
                 before = self.evaluator.metrics(pretrained.params, pretrained.batch_stats, self.keys)
             common = dict(self.timing)
+            entries = {method: self._unlearn_entries(method) for method in self.unlearnings}
+            unfinished = list(itertools.chain(*entries.values()))
+            locks.enter_context(locked(unfinished))  # all at once: two processes must not wait for each other
             for method in request.methods:
                 self.timing.clear()
                 if method.name == RETRAIN:
                     models = self._train_or_load(without=request.protocol.forget_class)
                     steps = self.retrain_steps
                 else:
-                    unfinished += (entries := self._unlearn_entries(method))
-                    locks.enter_context(locked(entries))
-                    models = self._unlearn(method, entries, pretrained)
+                    models = self._unlearn(method, entries[method.name], pretrained)
                     steps = self.unlearnings[method.name].steps_per_epoch * request.protocol.unlearn_epochs
                 with self.timing("evaluate_s"):
                     after = self.evaluator.metrics(models.params, models.batch_stats, self.keys)
@@ -141,13 +142,17 @@ class Run:
         """Writes one seed's record and, if asked to, its model. Returns a warning where one of them was not written."""
         request, seed = self.request, self.request.seeds[index]
         path, weights = request.record_path(method, seed), request.weights_path(method, seed)
-        if not records.write(path, record, request.force):
-            return f"{path} holds a better record, kept; --force replaces it"
-        if weights and record["status"] != "ok":
-            return f"{weights} was not written: the model diverged"
-        if weights:
-            variables = {"params": models.params, "batch_stats": models.batch_stats}
-            write_safetensors(weights, to_state_dict(jax.device_get(jax.tree.map(lambda x: x[index], variables))))
+        try:
+            if not records.write(path, record, request.force):
+                return f"{path} holds a better record, kept; --force replaces it"
+            if weights and record["status"] != "ok":
+                return f"{weights} was not written: the model diverged"
+            if weights:
+                variables = {"params": models.params, "batch_stats": models.batch_stats}
+                write_safetensors(weights, to_state_dict(jax.device_get(jax.tree.map(lambda x: x[index], variables))))
+        except OSError as error:
+            message = f"cannot write the results of {method.name} ({one_line(error)})"
+            raise UserError(f"{message}: put that right and run the same command, which goes on from here") from error
         return None
 
     def _train_or_load(self, without: int | None) -> Models:
@@ -192,8 +197,9 @@ class Run:
             method, self.network, self.request.protocol, num_classes, self.train, self.split, mesh, self.timing
         )
 
-    def _unlearn_entries(self, method: Method) -> list[Entry]:
+    def _unlearn_entries(self, name: str) -> list[Entry]:
         request = self.request
+        (method,) = (method for method in request.methods if method.name == name)
         return [unlearn_entry(request.cache_dir, request.protocol, self.digest, seed, method) for seed in request.seeds]
 
     def _record(

@@ -13,6 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def deferred() -> Iterator[Callable[[], bool]]:
     """Yields whether one of `SIGNALS` has come. Inside, the first changes nothing else; the next one acts as outside.
 
+    Raises KeyboardInterrupt at the end where one has come.
+
     Signals that are ignored, as Ctrl-C is under nohup, stay so; in a thread that is not the main one, all do.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -37,3 +39,5 @@ def deferred() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         restore()
+    if asked:  # by a signal that came too late for whoever looks
+        raise KeyboardInterrupt

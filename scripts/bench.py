@@ -244,7 +244,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of the command line."""
-    return exit_status(run, make_parser(), arguments, "interrupted: the same command goes on from here")
+    return exit_status(run, make_parser(), arguments, "interrupted: the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

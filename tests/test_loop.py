@@ -135,3 +135,35 @@ def test_the_carry_is_donated_and_the_rest_is_not():
         EpochLoop(step, mesh, Timing()).run(carry, seeded, shared, 0, PLAN)
     assert carry.is_deleted()
     assert not seeded.is_deleted() and not shared.is_deleted()
+
+
+class Keeper:
+    """Keeps what it is given after every dispatch."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def due(self):
+        return True
+
+    def keep(self, done, carry, metrics):
+        self.kept[done] = (np.array(carry), metrics)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_an_epoch_goes_on_from_any_step(monkeypatch, scanned):
+    monkeypatch.setattr(loop, "scans", lambda: scanned)
+    mesh, keeper = mesh_of(), Keeper()
+    with jax.set_mesh(mesh):
+        whole, metrics = EpochLoop(step, mesh, Timing()).run(*inputs(mesh), 3, PLAN, keeper=keeper)
+        assert list(keeper.kept) == ([3, 4] if scanned else [1, 2, 3, 4])
+        monkeypatch.setattr(loop, "scans", lambda: False)
+        each = Keeper()
+        EpochLoop(step, mesh, Timing()).run(*inputs(mesh), 3, PLAN, keeper=each)
+        monkeypatch.setattr(loop, "scans", lambda: scanned)
+        for done in (1, 2, 3):  # also within what is scanned at once
+            carry, seeded, shared = inputs(mesh)
+            carry = place_seeds(each.kept[done][0], mesh)
+            again, rest = EpochLoop(step, mesh, Timing()).run(carry, seeded, shared, 3, PLAN, first=done)
+            np.testing.assert_allclose(again, whole, rtol=1e-6)
+            np.testing.assert_allclose(rest["value"], metrics["value"][:, done:], rtol=1e-6)

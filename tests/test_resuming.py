@@ -135,7 +135,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, compiled, undisturbed
         time.sleep(0.002)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (1, "interrupted: the same command goes on from here\n")
+    assert (process.returncode, err) == (1, "interrupted: the same command goes on from the last checkpoint\n")
     assert job.finish() == ""
     assert job.outcome() == undisturbed["two seeds"]
 

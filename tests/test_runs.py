@@ -16,8 +16,10 @@ from safetensors.numpy import load_file
 from tiny import PROTOCOL
 
 from jaxunlearn import benchmarks, resuming
+from jaxunlearn import records as records_module
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS
 from jaxunlearn.data.readers import ImageSet
+from jaxunlearn.errors import UserError
 from jaxunlearn.methods import get_method
 from jaxunlearn.metrics import METRICS
 from jaxunlearn.models import torch_weights
@@ -142,6 +144,18 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path, monkeypatch):
     assert list(map(numbers, records)) == list(map(numbers, undisturbed))
     assert not list(tmp_path.glob("b/cache/*/*/epoch*"))
     assert list(map(numbers, results(request_of(tmp_path / "b", protocol=STEPPED)))) == list(map(numbers, undisturbed))
+
+
+def test_a_record_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records_module, "write_atomically", full)
+        with pytest.raises(UserError, match=r"cannot write the results .*No space left.*: put that right and run"):
+            results(request_of(tmp_path, protocol=STEPPED))
+    steps = stop_after(monkeypatch, None)
+    assert results(request_of(tmp_path, protocol=STEPPED))[0]["status"] == "ok" and not steps
 
 
 def test_methods_that_are_done_are_not_redone_after_an_interruption(tmp_path, monkeypatch):

@@ -19,12 +19,15 @@ def handlers():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_asks_and_the_second_interrupts(number):
-    with deferred() as asked:
+    ended = False
+    with pytest.raises(KeyboardInterrupt), deferred() as asked:  # it raises at its end
         assert not asked()
         os.kill(os.getpid(), number)
         assert asked()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
+        ended = True
+    assert ended
     with pytest.raises(KeyboardInterrupt):  # outside, as before
         os.kill(os.getpid(), number)
 

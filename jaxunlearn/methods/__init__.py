@@ -22,7 +22,7 @@ from jaxunlearn.errors import UserError, blamed
 from jaxunlearn.methods.rule import UnlearningRule
 
 BASELINES = ("retain_finetune", "negative_gradient", "bad_teacher", "scrub")
-LONGEST_TITLE = 200  # bytes of a file's name; file systems allow 255, of which a record's folder needs a few
+LONGEST_TITLE = 180  # bytes of a file's name; file systems allow 255, of which a checkpoint's lock needs 63
 RETRAIN = "retrain"  # the reference row: no rule, a model trained from scratch without the forgotten class
 
 
