@@ -18,6 +18,7 @@ CHOICES = {
     "precision": ("fp32", "bf16"),
 }
 MOST = 1_000_000  # epochs, and images a batch: steps compute with them in 32 bits
+MOST_SEEDS = 10_000  # that train together
 
 
 @dataclasses.dataclass(frozen=True)

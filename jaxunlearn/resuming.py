@@ -216,6 +216,7 @@ def _finite(tree: Any) -> jax.Array:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
+    """Its leaves by place, in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -243,12 +244,9 @@ def _to_host(state: Any, count: int) -> list[Any]:
 
 def _on_device(states: Sequence[Leaves], abstract: Any, mesh: jax.sharding.Mesh) -> Any:
     """The states on `mesh`, the seed axis in front."""
-    placed: dict[str, Any] = place_seeds(
-        {name: np.stack([state[name] for state in states]) for name in states[0]}, mesh
-    )
-
-    def restore(path: Any, leaf: Any) -> Any:
-        value = placed[jax.tree_util.keystr(path, simple=True, separator="/")]
-        return jax.random.wrap_key_data(value, impl=_key_impl(leaf)) if _is_key(leaf) else value
-
-    return jax.tree_util.tree_map_with_path(restore, abstract)
+    placed: Any = place_seeds({name: np.stack([state[name] for state in states]) for name in states[0]}, mesh)
+    leaves = [
+        jax.random.wrap_key_data(placed[name], impl=_key_impl(leaf)) if _is_key(leaf) else placed[name]
+        for name, leaf in _leaves(abstract).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)

@@ -119,7 +119,7 @@ class Run:
             with self.timing("evaluate_s"):
                 before = self.evaluator.metrics(pretrained.params, pretrained.batch_stats, self.keys)
             common = dict(self.timing)
-            entries = {method: self._unlearn_entries(method) for method in self.unlearnings}
+            entries = {m.name: self._unlearn_entries(m) for m in request.methods if m.name in self.unlearnings}
             unfinished = list(itertools.chain(*entries.values()))
             locks.enter_context(locked(unfinished))  # all at once: two processes must not wait for each other
             for method in request.methods:
@@ -197,9 +197,8 @@ class Run:
             method, self.network, self.request.protocol, num_classes, self.train, self.split, mesh, self.timing
         )
 
-    def _unlearn_entries(self, name: str) -> list[Entry]:
+    def _unlearn_entries(self, method: Method) -> list[Entry]:
         request = self.request
-        (method,) = (method for method in request.methods if method.name == name)
         return [unlearn_entry(request.cache_dir, request.protocol, self.digest, seed, method) for seed in request.seeds]
 
     def _record(

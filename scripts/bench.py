@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, Protocol, get_benchmark
+from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, MOST_SEEDS, Protocol, get_benchmark
 from jaxunlearn.commands import Parser, exit_status
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import default_cache
@@ -34,7 +34,6 @@ FLAGS = {
     "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A)",
     "precision": "of the computation; parameters and statistics stay fp32",
 }
-MOST_SEEDS = 10_000
 
 # Those that are not for `--set`: they have a flag, or they are what the benchmark is.
 NOT_SET = {*FLAGS, "init_weights", "model", "dataset"}

@@ -17,13 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, get_benchmark
+from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, MOST_SEEDS, get_benchmark
 from jaxunlearn.commands import Parser, exit_status
 from jaxunlearn.errors import UserError
 from jaxunlearn.memory import restart_with_huge_pages
 
 PAIRS = 5
-MOST_SEEDS = 10_000
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # where the PyTorch reference is
 
 
