@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
-from orbax.checkpoint import v1 as ocp
+from orbax import checkpoint as orbax
 
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, Protocol
 from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.methods import Method
+from jaxunlearn.processes import leads
 
-FORMAT = 2  # raise by hand when what a checkpoint means changes: older entries are then never used
+FORMAT = 3  # raise by hand when what a checkpoint means changes: older entries are then never used
 DISCARDED = ".discarded"
 
 Leaves = dict[str, np.ndarray]  # by place in the state, such as "params/conv1/kernel"
@@ -96,10 +97,13 @@ def _entry(parent: Path, name: str, about: dict[str, Any]) -> Entry:
 
 @contextmanager
 def locked(entries: Sequence[Entry]) -> Iterator[None]:
-    """Keeps other processes from `entries`; waits, and says so, while one is at them. Ends with the process."""
+    """Keeps other runs from `entries`; waits, and says so, while one is at them. Ends with the process.
+
+    The leading process does it for all of its run.
+    """
     with ExitStack() as stack:
         # In the same order everywhere, or two processes could wait for each other.
-        for folder in sorted(entry.folder for entry in entries):
+        for folder in sorted(entry.folder for entry in entries if leads()):
             path = folder.parent.parent / "locks" / f"{folder.name}.lock"
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path)
@@ -157,7 +161,7 @@ def _choose(entries: Sequence[Entry]) -> list[Position | None]:
 def _saved_with(entry: Entry, position: Position | None) -> tuple[list[str], bool]:
     """Names of the entries that were being saved with this one, and whether none of them had been before."""
     try:
-        about = ocp.metadata(entry.path(position)).custom_metadata if position else {}
+        about = _orbax().metadata(entry.path(position)).custom_metadata if position else {}
         return about.get("together", []), about.get("first", False)
     except Exception:  # `load` will say what is wrong with it
         return [], False
@@ -167,13 +171,13 @@ def load(entry: Entry, position: Position, abstract: dict[str, jax.ShapeDtypeStr
     """A checkpoint; None, once it is set aside with a warning, where it is not what was written or of another model."""
     path = entry.path(position)
     try:
-        metadata = ocp.metadata(path)
-        if {name: (x.shape, x.dtype) for name, x in (metadata.metadata or {}).items()} != {
+        metadata = _orbax().metadata(path)
+        if {name: (x.shape, x.dtype) for name, x in (metadata.item_metadata or {}).items()} != {
             name: (x.shape, x.dtype) for name, x in abstract.items() if x.size
         }:  # Orbax itself would cut or pad the arrays to fit
             raise ValueError("it is of another model")
         about = metadata.custom_metadata or {}
-        leaves = ocp.load(path, {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if x.size})
+        leaves = _orbax().restore(path)
         leaves |= {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if not x.size}
         saved = Saved(leaves, position, about.get("seconds", 0.0), about.get("diverged"))
         if about.get("digest") != _digest(entry, saved):
@@ -199,7 +203,8 @@ def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
             written = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
             written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
             leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
-            ocp.save(entry.path(one.position), leaves, custom_metadata=entry.about | group | written, overwrite=True)
+            about = entry.about | group | written
+            _orbax().save(entry.path(one.position), orbax.args.PyTreeSave(leaves), custom_metadata=about, force=True)
     except BaseException:
         for entry, one in zip(entries, saved, strict=True):  # or a full disk would stay so
             _discard(entry, {one.position} & entry.positions)
@@ -207,6 +212,16 @@ def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
         raise
     for entry, one in zip(entries, saved, strict=True):
         discard(entry, but=one.position)
+
+
+def _orbax() -> orbax.Checkpointer:
+    """Orbax's checkpointer for the process that leads: one that is not told so waits for every process of the run.
+
+    The newer interface of Orbax cannot be told: in 0.12.8 its `save` asks all of them where they save.
+    """
+    alone = orbax.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="leader")
+    handler = orbax.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return orbax.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def discard(entry: Entry, but: Position | None = None) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxunlearn.errors import UserError
-from jaxunlearn.sharding import over_seeds, place_shared
+from jaxunlearn.sharding import everywhere, over_seeds, place_shared
 
 # Steps queued behind the running one: enough that the CPU never idles. Each may hold its memory from its dispatch on,
 # 4.5 GB for MobileNetV2 with 256 images.
@@ -185,7 +185,8 @@ class EpochLoop:
                 return carry, {name: value[None] for name, value in metrics.items()}
 
             def program(carry: Any, seeded: Any, shared: Any, now: Any) -> Any:
-                return over_seeds(one_seed, self._mesh)((carry, seeded), (shared, now))
+                carry, metrics = over_seeds(one_seed, self._mesh)((carry, seeded), (shared, now))
+                return carry, everywhere(metrics, self._mesh)
 
             self._programs[sizes, length] = Compiled(program, self._timing, donate_argnums=0)
         return self._programs[sizes, length]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxunlearn.models.network import Network
 from jaxunlearn.models.torch_weights import load_weights
@@ -24,5 +24,5 @@ def given(path: Path, network: Network, num_seeds: int, mesh: jax.sharding.Mesh)
     """The weights in `path`, for every seed. Raises UserError where they do not fit the network."""
     params, batch_stats = jax.eval_shape(network.initialise, jax.random.key(0))
     variables = load_weights(path, {"params": params, "batch_stats": batch_stats})
-    placed = place_seeds(jax.tree.map(lambda x: jnp.repeat(x[None], num_seeds, 0), variables), mesh)
+    placed = place_seeds(jax.tree.map(lambda x: np.repeat(x[None], num_seeds, 0), variables), mesh)
     return Models(placed["params"], placed["batch_stats"], [0.0] * num_seeds, [None] * num_seeds)

@@ -1,9 +1,10 @@
 """Training to the end from wherever a run was stopped: pretraining and unlearning alike.
 
 Now and then, and when asked to stop, the states of a group of seeds are copied to the host, which is all that the
-training waits for, and written from there by a thread.
+training waits for, and written from there by a thread of the leading process.
 """
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,9 +19,10 @@ import numpy as np
 from jaxunlearn.checkpoints import Entry, Leaves, Position, Saved, load_together, save_together
 from jaxunlearn.errors import one_line
 from jaxunlearn.loop import Keeper, Report, Timing
+from jaxunlearn.processes import anywhere, from_leader, leads
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.sharding import place_seeds
+from jaxunlearn.sharding import fetch, place_seeds
 from jaxunlearn.stopping import deferred
 
 
@@ -77,7 +79,7 @@ def train(
     abstract = whole.training.abstract()
     shapes = _leaves(jax.eval_shape(_key_data, abstract))
     end = Position(whole.training.epochs, 0)
-    saved = load_together(entries, shapes)
+    saved = _load(entries, shapes)
     by_position: dict[Position, list[int]] = {}
     for i, one in enumerate(saved):
         by_position.setdefault(one.position if one else Position(0, 0), []).append(i)
@@ -142,8 +144,8 @@ class Saving:
 
     def due(self) -> bool:
         """Whether it is time to save: never before what was saved last is written."""
-        waited = time.perf_counter() - self._last >= self._every
-        return self.stopping() or (waited and (self._writing is None or self._writing.done()))
+        waited = leads() and time.perf_counter() - self._last >= self._every
+        return anywhere(self.stopping() or (waited and (self._writing is None or self._writing.done())))
 
     def keep(self, done: int, state: Any, metrics: dict[str, np.ndarray]) -> None:
         """Saves the state after `done` steps of the running epoch, of which `metrics` are those since it was entered.
@@ -156,7 +158,7 @@ class Saving:
             position = Position(epoch + done // steps, done % steps)
             if position != self._submitted:
                 self._save(state, position)
-            if self.stopping():
+            if anywhere(self.stopping()):
                 self._wait()
                 raise KeyboardInterrupt
 
@@ -168,7 +170,8 @@ class Saving:
             for one, seconds, diverged in zip(states, self._seconds, self.diverged, strict=True)
         ]
         self._wait()
-        self._writing = self._thread.submit(save_together, self._entries, self._saved)
+        if leads():
+            self._writing = self._thread.submit(save_together, self._entries, self._saved)
         self._last, self._submitted = time.perf_counter(), position
 
     def note(self, metrics: dict[str, np.ndarray]) -> None:
@@ -182,7 +185,7 @@ class Saving:
     def note_weights(self, state: Any, step: int) -> None:
         """Looks for weights and statistics that are not finite after `step`, the last of an epoch: whatever is saved
         when, the same step is found."""
-        finite = jax.device_get(_finite((state.params, state.batch_stats)))
+        finite = fetch(_finite((state.params, state.batch_stats)))
         self.diverged = [
             step if known is None and not fine else known for known, fine in zip(self.diverged, finite, strict=True)
         ]
@@ -207,6 +210,23 @@ class Saving:
 
     def _overhead(self) -> float:
         return sum(self._training.timing.get(name, 0.0) for name in ("compile_s", "checkpoint_s"))
+
+
+def _load(entries: Sequence[Entry], shapes: dict[str, jax.ShapeDtypeStruct]) -> list[Saved | None]:
+    """What the cache of the leading process has of each entry, in every process."""
+    if jax.process_count() == 1:
+        return load_together(entries, shapes)
+    own = load_together(entries, shapes) if leads() else []
+    about = from_leader(json.dumps([one and (one.position, one.seconds, one.diverged) for one in own]).encode())
+    content = from_leader(b"".join(one.leaves[name].tobytes() for one in own if one for name in shapes))
+    saved, place = [], 0
+    for one in json.loads(about):
+        leaves = {}
+        for name, x in shapes.items() if one else ():
+            leaves[name] = np.frombuffer(content, x.dtype, x.size, place).reshape(x.shape)
+            place += leaves[name].nbytes
+        saved.append(Saved(leaves, Position(*one[0]), *one[1:]) if one else None)
+    return saved
 
 
 @jax.jit
@@ -238,7 +258,7 @@ def _key_impl(abstract: Any) -> Any:
 
 def _to_host(state: Any, count: int) -> list[Any]:
     """Copies of each seed's state: the buffers behind are donated to the next step."""
-    fetched = jax.device_get(_key_data(state))
+    fetched = fetch(_key_data(state))
     return [jax.tree.map(lambda x, i=i: np.array(x[i]), fetched) for i in range(count)]
 
 

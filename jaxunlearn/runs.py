@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxunlearn import records
@@ -27,10 +26,11 @@ from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
 from jaxunlearn.pretrained import Models, given
+from jaxunlearn.processes import check_agreement, leads
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.resuming import Start, train
-from jaxunlearn.sharding import make_mesh, place_seeds, place_shared
+from jaxunlearn.sharding import fetch, make_mesh, place_seeds, place_shared
 from jaxunlearn.training import Pretraining
 from jaxunlearn.unlearning import Split, Unlearning
 
@@ -92,6 +92,8 @@ class Run:
             self.given = given(weights, self.network, count, self.mesh) if weights else None
             with self.timing("data_s"):
                 dataset = load(protocol.dataset, request.data_dir, request.cache_dir)
+                wanted = [dataset.digest, protocol, request.bench, request.seeds]
+                check_agreement(repr(wanted + [(m.name, m.hyperparameters, m.source) for m in request.methods]))
                 train = limited(dataset.train, dataset.num_classes, protocol.train_limit)
                 self.train, test = on_device(train, self.mesh), on_device(dataset.test, self.mesh)
             is_forget = train.labels == protocol.forget_class
@@ -135,21 +137,24 @@ class Run:
                 for i in range(len(request.seeds)):
                     record = self._record(method, i, before[i], after[i], pretrained, models, steps, common)
                     yield record, self._keep(method, i, record, models)
-            for entry in unfinished:  # only now: after an interruption the methods that are done are not redone
+            for entry in unfinished if leads() else ():  # only now: an interruption makes no method start again
                 discard(entry)
 
     def _keep(self, method: Method, index: int, record: dict[str, Any], models: Models) -> str | None:
         """Writes one seed's record and, if asked to, its model. Returns a warning where one of them was not written."""
         request, seed = self.request, self.request.seeds[index]
         path, weights = request.record_path(method, seed), request.weights_path(method, seed)
+        variables = {"params": models.params, "batch_stats": models.batch_stats}
+        own = fetch(jax.tree.map(lambda x: x[index], variables)) if weights else {}
+        if not leads():
+            return None
         try:
             if not records.write(path, record, request.force):
                 return f"{path} holds a better record, kept; --force replaces it"
             if weights and record["status"] != "ok":
                 return f"{weights} was not written: the model diverged"
             if weights:
-                variables = {"params": models.params, "batch_stats": models.batch_stats}
-                write_safetensors(weights, to_state_dict(jax.device_get(jax.tree.map(lambda x: x[index], variables))))
+                write_safetensors(weights, to_state_dict(own))
         except OSError as error:
             message = f"cannot write the results of {method.name} ({one_line(error)})"
             raise UserError(f"{message}: put that right and run the same command, which goes on from here") from error
@@ -163,7 +168,7 @@ class Run:
         ]
 
         def start(group: list[int]) -> Start:
-            mesh = make_mesh(len(group), self.mesh.size)
+            mesh = make_mesh(len(group), request.devices)
             pretraining = Pretraining(self.network, request.protocol, self.train, indices, mesh, self.timing)
             return Start(pretraining, lambda: pretraining.start(seed_keys([request.seeds[i] for i in group])))
 
@@ -177,7 +182,7 @@ class Run:
         def start(group: list[int]) -> Start:
             unlearning = self.unlearnings[method.name]
             if len(group) < len(self.keys):
-                unlearning = self._make_unlearning(method, make_mesh(len(group), self.mesh.size))
+                unlearning = self._make_unlearning(method, make_mesh(len(group), self.request.devices))
             chosen = np.asarray(group)
             models = place_seeds(
                 jax.tree.map(lambda x: x[chosen], (pretrained.params, pretrained.batch_stats)), unlearning.mesh
@@ -273,5 +278,5 @@ def limited(images: ImageSet, num_classes: int, limit: int | None) -> ImageSet:
 
 def on_device(images: ImageSet, mesh: jax.sharding.Mesh) -> Images:
     """The images on every device of the mesh, enlarged to 32 x 32 where they are smaller."""
-    pixels, labels = place_shared((jnp.asarray(images.images), jnp.asarray(images.labels, jnp.int32)), mesh)
+    pixels, labels = place_shared((images.images, images.labels.astype(np.int32)), mesh)
     return Images(jax.jit(resize)(pixels), labels)

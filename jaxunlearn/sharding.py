@@ -5,12 +5,15 @@ spread over the `data` axis of a global-view jit (`shard_batch`), so whoever wri
 batch and no collective. The program for N devices is the program for one.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxunlearn.errors import UserError
 
@@ -29,22 +32,23 @@ def request_devices(count: int | None) -> None:
 
 
 def make_mesh(num_seeds: int, num_devices: int | None = None) -> jax.sharding.Mesh:
-    """The mesh of `num_devices` (default: all) devices: `seed` takes gcd(seeds, devices) of them, `data` the rest.
+    """The mesh of `num_devices` (default: all) devices of every process of the run.
 
-    Raises UserError for more devices than there are.
+    `seed` takes gcd(seeds, devices) of them, `data` the rest. Raises UserError for more devices than there are.
     """
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # the second comes without a word
         raise UserError(f"JAX finds no device: check JAX_PLATFORMS ({' '.join(str(error).split())})") from error
-    count = len(devices) if num_devices is None else num_devices
-    if not 1 <= count <= len(devices):
-        raise UserError(f"--devices {count}: this machine has {len(devices)} {devices[0].platform} device(s)")
+    own = jax.local_device_count()
+    if num_devices is not None and not 1 <= num_devices <= own:
+        raise UserError(f"--devices {num_devices}: this machine has {own} {devices[0].platform} device(s)")
+    by_process = (jax.local_devices(process)[:num_devices] for process in range(jax.process_count()))
+    devices = list(itertools.chain(*by_process))
+    count = len(devices)
     along_seed = math.gcd(num_seeds, count)
     axis_types = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto)
-    return jax.make_mesh(
-        (along_seed, count // along_seed), ("seed", "data"), axis_types=axis_types, devices=devices[:count]
-    )
+    return jax.make_mesh((along_seed, count // along_seed), ("seed", "data"), axis_types=axis_types, devices=devices)
 
 
 def over_seeds(function: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
@@ -70,9 +74,34 @@ def shard_batch(batch: T) -> T:
 
 def place_seeds(tree: T, mesh: jax.sharding.Mesh) -> T:
     """Puts arrays with a leading seed axis on the mesh."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.P("seed")))
+    return _place(tree, jax.sharding.NamedSharding(mesh, jax.P("seed")))
 
 
 def place_shared(tree: T, mesh: jax.sharding.Mesh) -> T:
     """Puts arrays that all seeds share on every device of the mesh."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.P()))
+    return _place(tree, jax.sharding.NamedSharding(mesh, jax.P()))
+
+
+def _place(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
+    def part_of(x: Any) -> jax.Array:
+        """The array on the devices of all processes; this one gives its own devices theirs."""
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.jit(lambda x: x, out_shardings=sharding)(x)
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(part_of(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(part_of, tree) if sharding.mesh.is_multi_process else jax.device_put(tree, sharding)
+
+
+def everywhere(tree: T, mesh: jax.sharding.Mesh) -> T:
+    """Inside jit: gives every process the whole of small arrays, so that each can read them."""
+    if not mesh.is_multi_process:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, jax.sharding.NamedSharding(mesh, jax.P()))
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays as numpy's, in every process; all must ask at the same point of the program."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)

@@ -145,8 +145,8 @@ class Unlearning:
 
     def _prepare(self, carry: Carry, key: jax.Array) -> Carry:
         assert self._rule.prepare is not None
-        zero = jnp.zeros((), jnp.int32)
-        before = state = RuleState(*carry[1:3], stream_key(key, Stream.RULE), carry.extra, zero, zero)
+        zero, key = place_shared((jnp.zeros((), jnp.int32), stream_key(key, Stream.RULE)), self.mesh)
+        before = state = RuleState(*carry[1:3], key, carry.extra, zero, zero)
         sets = (CleanSet(self._data, indices, self._protocol) for indices in self._split)
         with blamed(f"method '{self._name}': its prepare() failed"):
             params, state = self._rule.prepare(carry.params, state, *sets)

@@ -104,7 +104,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="write each unlearned model as a .safetensors state_dict, named like its record",
     )
     where.add_argument(
-        "--devices", type=int, metavar="N", help="how many devices; on a CPU, makes that many host devices"
+        "--devices",
+        type=int,
+        metavar="N",
+        help="how many devices, of each process; on a CPU, makes that many host devices",
     )
     where.add_argument(
         "--save-every",
@@ -113,6 +116,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="seconds between two checkpoints of what is training (default: %(default)g)",
     )
+    several = parser.add_argument_group(
+        "several processes",
+        "one run on several machines: the same command for each; Slurm, Open MPI and TPU pods set these",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to be found by the others")
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    several.add_argument("--process-id", type=int, metavar="K", help="which of them this is, from 0 on")
     output = parser.add_argument_group("output")
     output.add_argument("--force", action="store_true", help="overwrite records")
     output.add_argument("--json", action="store_true", help="print one JSON line a result and nothing else")
@@ -177,6 +187,7 @@ def make_protocol(args: argparse.Namespace, settings: dict[str, str]) -> Protoco
 def run(args: argparse.Namespace) -> int:
     """What the arguments ask for. Raises UserError."""
     from jaxunlearn import methods
+    from jaxunlearn.processes import join, watched
     from jaxunlearn.sharding import request_devices
 
     if args.list:
@@ -187,7 +198,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("name a benchmark with --bench (--list shows all)")
     if not 0 <= args.save_every < float("inf"):
         raise UserError(f"--save-every {args.save_every}: it must be at least 0")
+    join(args.coordinator, args.num_processes, args.process_id)
     request_devices(args.devices)
+    with watched():
+        run_benchmark(args)
+    return 0
+
+
+def run_benchmark(args: argparse.Namespace) -> None:
+    """The benchmark that the arguments name. Raises UserError."""
+    from jaxunlearn import methods
+
     settings = parse_settings(args.set)
     protocol = make_protocol(args, settings.pop("protocol", {}))
     seeds = parse_seeds(args.seeds)
@@ -204,6 +225,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    from jaxunlearn.processes import leads
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs import Request, Run
     from jaxunlearn.tables import print_results
@@ -222,7 +244,7 @@ def run(args: argparse.Namespace) -> int:
         save_every=args.save_every,
         force=args.force,
     )
-    prepared = Run(request, Reporter(args.quiet))
+    prepared = Run(request, Reporter(args.quiet or not leads()))
     # Only now: what is wrong with the input has been said, and until then nothing may be left behind.
     jax.config.update("jax_compilation_cache_dir", str(args.cache_dir.absolute() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -232,13 +254,12 @@ def run(args: argparse.Namespace) -> int:
         results.append(record)
         if kept:
             print(f"warning: {kept}", file=sys.stderr)
-        if args.json:
+        if args.json and leads():
             print(json.dumps(record), flush=True)
-    if not args.json:
+    if leads() and not args.json:
         members, non_members = prepared.evaluator.counts
         defaults = {method.name: method.defaults for method in chosen}
         print_results(results, defaults=defaults, members=members, non_members=non_members)
-    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
