@@ -156,6 +156,8 @@ class Saving:
         with self._training.timing("checkpoint_s"):
             steps, (epoch, _) = self._training.steps_per_epoch, self.position
             position = Position(epoch + done // steps, done % steps)
+            if position.step == 0:
+                self.note_weights(state, position.epoch * steps - 1)
             if position != self._submitted:
                 self._save(state, position)
             if anywhere(self.stopping()):

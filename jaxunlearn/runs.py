@@ -78,6 +78,10 @@ class Run:
     def __init__(self, request: Request, reporter: Reporter):
         protocol = request.protocol
         self.request, self.reporter, self.timing = request, reporter, Timing()
+        if (request.init_weights is None) != (protocol.init_weights is None):
+            raise UserError(
+                "init_weights: the file and its SHA-256 in the protocol go together, one of them is missing"
+            )
         validate(protocol, DATASETS[protocol.dataset].num_classes)
         for folder in filter(None, (request.out, request.cache_dir, request.export_weights)):
             check_writable(folder)
@@ -220,6 +224,7 @@ class Run:
         request, count = self.request, len(self.request.seeds)
         pretrain_s, unlearn_s = pretrained.seconds[index], models.seconds[index]
         diverged_at = diverged(pretrained.diverged[index], models.diverged[index], after)
+        after = diverged_metrics() if diverged_at else after
         timing = {
             "data_s": common["data_s"],
             "compile_s": common.get("compile_s", 0.0) + self.timing.get("compile_s", 0.0),
@@ -236,7 +241,7 @@ class Run:
             "bench": request.bench,
             "method": method.name,
             "seed": request.seeds[index],
-            **(diverged_metrics() if diverged_at else after),
+            **after,
             "before": before,
             "unlearn_steps": steps,
             "protocol": dataclasses.asdict(request.protocol),

@@ -72,12 +72,12 @@ def shard_batch(batch: T) -> T:
     return jax.lax.with_sharding_constraint(batch, jax.P("data"))
 
 
-def place_seeds(tree: T, mesh: jax.sharding.Mesh) -> T:
+def place_seeds(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Puts arrays with a leading seed axis on the mesh."""
     return _place(tree, jax.sharding.NamedSharding(mesh, jax.P("seed")))
 
 
-def place_shared(tree: T, mesh: jax.sharding.Mesh) -> T:
+def place_shared(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Puts arrays that all seeds share on every device of the mesh."""
     return _place(tree, jax.sharding.NamedSharding(mesh, jax.P()))
 

@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from orbax.checkpoint import Checkpointer
 
 from jaxunlearn import checkpoints
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, get_benchmark
@@ -196,7 +197,7 @@ def test_a_seed_alone_goes_on_from_what_was_saved_with_others(tmp_path):
 def test_what_could_not_be_written_leaves_room(tmp_path, monkeypatch):
     pair = [entry(tmp_path, seed=seed) for seed in (1, 2)]
     save_together(pair, [saved(1)] * 2)
-    save, calls = checkpoints.ocp.save, []
+    save, calls = Checkpointer.save, []
 
     def full(*args, **options):
         calls.append(args)
@@ -204,7 +205,7 @@ def test_what_could_not_be_written_leaves_room(tmp_path, monkeypatch):
             raise OSError("no space")
         save(*args, **options)
 
-    monkeypatch.setattr(checkpoints.ocp, "save", full)
+    monkeypatch.setattr(Checkpointer, "save", full)
     with pytest.raises(OSError, match="no space"):
         save_together(pair, [saved(2)] * 2)
     assert [one.positions for one in pair] == [{Position(1, 0)}] * 2

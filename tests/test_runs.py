@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint import Checkpointer
 from safetensors.numpy import load_file
 from tiny import PROTOCOL
 
@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp, "save", full)
+        patch.setattr(Checkpointer, "save", full)
         with pytest.warns(UserWarning, match=r"a checkpoint was not written \(OSError: .*No space left"):
             records = results(request_of(tmp_path / "b", protocol=STEPPED, save_every=0.0))
     assert list(map(numbers, records)) == list(map(numbers, undisturbed))
@@ -216,6 +216,26 @@ def test_a_seed_that_diverges_does_not_touch_the_others(tmp_path):
             assert one["diverged_at"] == {"phase": "unlearn", "step": 6} and one["retain_acc"] is None
 
 
+@pytest.mark.parametrize("due", [True, False])
+def test_weights_that_are_lost_in_the_last_step_are_seen_there(tmp_path, monkeypatch, due):
+    monkeypatch.setattr(Saving, "due", lambda self: due)
+    rule = tmp_path / "late.py"
+    rule.write_text(
+        "import jax, jax.numpy as jnp\n"
+        "from jaxunlearn.methods import retain_finetune\n"
+        "def rule(context):\n"
+        "    inner = retain_finetune.rule(context)\n"
+        "    def step(params, state, retain, forget):\n"
+        "        last = state.step == context.epochs * context.steps_per_epoch - 1\n"
+        "        params, after, metrics = inner.step(params, state, retain, forget)\n"
+        "        return jax.tree.map(lambda x: jnp.where(last, jnp.inf, x), params), after, metrics\n"
+        "    return inner._replace(step=step)\n"
+    )
+    (record,) = results(request_of(tmp_path, method=str(rule), protocol=STEPPED))
+    assert record["diverged_at"] == {"phase": "unlearn", "step": record["unlearn_steps"] - 1}
+    assert not record["collapsed"]
+
+
 def test_where_pretraining_diverges_nothing_is_unlearned(tmp_path, monkeypatch):
     protocol = dataclasses.replace(STEPPED, pretrain_lr=1e30)
     monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))
@@ -260,7 +280,11 @@ def test_given_weights_replace_pretraining(tmp_path, monkeypatch):
     params, batch_stats = make_network(DIGITS, 10).initialise(jax.random.key(5))
     np.savez(tmp_path / "w.npz", **torch_weights.to_state_dict({"params": params, "batch_stats": batch_stats}))
     monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained"))
-    first, second = results(request_of(tmp_path, seeds=(1, 2), init_weights=tmp_path / "w.npz"))
+    request = request_of(tmp_path, seeds=(1, 2), init_weights=tmp_path / "w.npz")
+    with pytest.raises(UserError, match="SHA-256 in the protocol go together"):  # without it, runs could be mixed up
+        Run(request, QUIET)
+    request = dataclasses.replace(request, protocol=dataclasses.replace(DIGITS, init_weights="its hash"))
+    first, second = results(request)
     assert first["before"] == second["before"] and first["timing"]["pretrain_s"] == 0
     assert first["throughput"]["pretrain_images_per_s"] is None
     assert not (tmp_path / "cache" / "pretrained").exists()

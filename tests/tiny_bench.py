@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 from tiny import PROTOCOL, TINY, Tiny
 
-from jaxunlearn.benchmarks import BENCHMARKS
+from jaxunlearn.benchmarks import BENCHMARKS, CHOICES
 from jaxunlearn.models import MODELS
 
-NAME = "tiny-digits-class0"
+NAME, NAME_X64 = "tiny-digits-class0", "tiny-x64-class0"
 DIGITS = dataclasses.replace(
     PROTOCOL, batch_size=16, train_limit=320, pretrain_epochs=8, unlearn_epochs=4, epoch_length="retain"
 )
@@ -22,5 +22,6 @@ if __name__ == "__main__":
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # or it would start itself again
     jax.config.update("jax_disable_most_optimizations", True)
     MODELS[TINY] = Tiny
-    BENCHMARKS[NAME] = DIGITS
+    BENCHMARKS.update({NAME: DIGITS, NAME_X64: dataclasses.replace(DIGITS, precision="fp64")})
+    CHOICES["precision"] = ("fp32", "fp64")
     runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "bench.py"), run_name="__main__")

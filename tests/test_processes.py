@@ -1,0 +1,177 @@
+"""One run in two processes on this machine, each with a folder of its own: nothing but the network is shared."""
+
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from jobs import Job
+from safetensors.numpy import load_file
+from tiny_bench import DIGITS, NAME_X64
+
+from jaxunlearn import processes
+from jaxunlearn.errors import UserError
+
+ONE_SEED = ("--seeds", "3")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class Pair:
+    """The two processes of one run; they share compiled programs to save time."""
+
+    def __init__(self, folder, compiled, *arguments):
+        meeting = ("--coordinator", f"localhost:{free_port()}", "--num-processes", "2")
+        self.jobs = [
+            Job(folder / str(k), compiled, "two seeds", *meeting, "--process-id", str(k), *arguments) for k in (0, 1)
+        ]
+
+    def start(self, **options):
+        return [job.start(**options) for job in self.jobs]
+
+    def start_until_it_trains(self):
+        running = self.start()
+        while self.jobs[0].progress() < (0, DIGITS.pretrain_epochs // 4, 0):
+            assert running[0].poll() is None and running[1].poll() is None, ends(running)
+            time.sleep(0.002)
+        return running
+
+    def finish(self, **options):
+        """Runs to the end; returns what the first said on stdout."""
+        said = ends(self.start(**options))
+        assert [code for code, *_ in said] == [0, 0], said
+        return said[0][1]
+
+
+def ends(running):
+    """(exit status, stdout, stderr) of each."""
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(lambda process: process.communicate(timeout=120), running))
+    return [(process.returncode, *text) for process, text in zip(running, texts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, compiled):
+    """What one process makes of the two seeds."""
+    job = Job(tmp_path_factory.mktemp("alone"), compiled, "two seeds")
+    assert job.finish() == ""
+    return job.outcome()
+
+
+def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, alone):
+    pair = Pair(tmp_path, compiled, "--json")
+    out = pair.finish()
+    assert len(out.splitlines()) == 2 and all(line.startswith('{"bench"') for line in out.splitlines())
+    assert pair.jobs[0].outcome() == alone  # to the bit: seeds do not feel each other
+    left = {path.name for path in pair.jobs[1].folder.rglob("*")}
+    assert left <= {"cache", "xla"}
+
+
+def test_two_processes_share_the_batch(tmp_path, compiled):
+    """In float64, where the order of sums is all that can differ."""
+    x64 = os.environ | {"JAX_ENABLE_X64": "1"}
+    one = Job(tmp_path / "one", compiled, "two seeds", *ONE_SEED, "--bench", NAME_X64)
+    one.finish(env=x64)
+    pair = Pair(tmp_path / "two", compiled, *ONE_SEED, "--bench", NAME_X64)
+    pair.finish(env=x64)
+    expected, found = (
+        load_file(job.folder / "weights" / NAME_X64 / "scrub" / "seed3.safetensors") for job in (one, pair.jobs[0])
+    )
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_where_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_path, compiled, alone, killed):
+    pair = Pair(tmp_path, compiled)
+    running = pair.start_until_it_trains()
+    running[killed].kill()
+    start = time.monotonic()
+    code, _, err = ends(running)[1 - killed]
+    assert time.monotonic() - start < 60
+    assert code not in (0, 2) and ("another process of this run has ended" in err or "another task died" in err)
+    came_to = pair.jobs[0].progress()
+    assert came_to < (1, 0, 0)
+    pair.finish()
+    assert pair.jobs[0].outcome() == alone
+
+
+def test_a_signal_to_one_process_stops_both_with_everything_saved(tmp_path, compiled, alone):
+    pair = Pair(tmp_path, compiled)
+    running = pair.start_until_it_trains()
+    running[1].send_signal(signal.SIGTERM)
+    for code, _, err in ends(running):
+        assert code == 1 and "interrupted: the same command goes on from the last checkpoint" in err
+    pair.finish()
+    assert pair.jobs[0].outcome() == alone
+
+
+def test_processes_that_were_told_different_things_are_refused(tmp_path, compiled):
+    pair = Pair(tmp_path, compiled)
+    pair.jobs[1].command += ["--seeds", "1,3"]
+    for code, _, err in ends(pair.start()):
+        assert code == 2 and "error: the processes of this run differ in data, arguments or rule files" in err
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "count", "index", "message"),
+    [
+        ("localhost:1", None, 0, "give all three"),
+        (None, 2, None, "give all three"),
+        ("localhost:1", 2, 2, "--process-id 2: with --num-processes 2 it is from 0 to 1"),
+        ("localhost:1", 0, 0, "--process-id 0"),
+        ("localhost", 2, 0, "write HOST:PORT"),
+    ],
+)
+def test_wrong_arguments_are_refused(coordinator, count, index, message):
+    with pytest.raises(UserError, match=message):
+        processes.join(coordinator, count, index)
+
+
+@pytest.mark.parametrize(
+    ("variables", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # of a batch script, which runs once
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_a_launcher_of_several_processes_is_recognised(monkeypatch, variables, joins):
+    for name in processes.LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+
+    def initialize(*arguments, **options):
+        calls.append(arguments)
+        raise RuntimeError("nobody there")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    if joins:
+        with pytest.raises(UserError, match="do not find each other: RuntimeError: nobody there"):
+            processes.join(None, None, None)
+    else:
+        processes.join(None, None, None)
+    assert calls == [(None, None, None)] * joins
+
+
+def test_a_process_alone_agrees_with_itself():
+    assert processes.leads() and processes.anywhere(True) and not processes.anywhere(False)
+    assert processes.from_leader(b"\x00\xff") == b"\x00\xff"
+    processes.check_agreement("anything")
