@@ -15,6 +15,7 @@ CHOICES = {
     "crop_padding": ("zero", "reflect"),
     "resnet_shortcut": ("B", "A"),
     "mobilenet_stride": (1, 2),
+    "pretrain_schedule": ("cosine", "constant"),
     "precision": ("fp32", "bf16"),
 }
 MOST = 1_000_000  # epochs, and images a batch: steps compute with them in 32 bits
@@ -23,7 +24,7 @@ MOST_SEEDS = 10_000  # that train together
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Every constant of a benchmark run. Hashable: it is a static argument of the compiled steps."""
+    """Every constant of a benchmark run but the size of its images."""
 
     # What is learned and what is forgotten.
     model: str
@@ -45,17 +46,21 @@ class Protocol:
     # Model variants.
     resnet_shortcut: str = "B"  # I  1x1 convolution + BatchNorm; "A" has no parameters
     mobilenet_stride: int = 1  # A  of the 24-channel stage
+    mobilenet_dropout: float = 0.0  # A  before the linear layer
     precision: str = "fp32"  # of the computation; parameters and statistics are always fp32
 
-    # Pretraining: SGD, cosine to 0 stepped once an epoch (I), no Nesterov (A), decay on all parameters (K).
+    # Pretraining: SGD, decay on all parameters (K).
     pretrain_epochs: int = 80  # K
     pretrain_lr: float = 0.1  # K
+    pretrain_schedule: str = "cosine"  # I  to 0, stepped once an epoch
     pretrain_momentum: float = 0.9  # K
+    pretrain_nesterov: bool = False  # A
     pretrain_weight_decay: float = 5e-4  # K
 
     # Unlearning: one Adam, constant learning rate, no decay (K).
     unlearn_epochs: int = 20  # K
     epoch_length: str = "min"  # F  steps an epoch: min(retain, forget) batches, or the retain batches
+    unlearn_augment: bool = True  # I  retain and forget batches, as in pretraining
     unlearn_lr: float = 1e-3  # K
     adam_b1: float = 0.9  # K
     adam_b2: float = 0.999  # K
@@ -77,10 +82,13 @@ PRETRAIN_FIELDS = (
     "flip",
     "resnet_shortcut",
     "mobilenet_stride",
+    "mobilenet_dropout",
     "precision",
     "pretrain_epochs",
     "pretrain_lr",
+    "pretrain_schedule",
     "pretrain_momentum",
+    "pretrain_nesterov",
     "pretrain_weight_decay",
 )
 
@@ -128,7 +136,7 @@ def validate(protocol: Protocol, num_classes: int) -> None:
     for name in ("pretrain_lr", "unlearn_lr", "adam_eps"):
         if not 0 < (value := getattr(protocol, name)) < float("inf"):
             raise UserError(f"{name} is {value}: it must be a positive number")
-    for name in ("pretrain_momentum", "adam_b1", "adam_b2"):
+    for name in ("pretrain_momentum", "mobilenet_dropout", "adam_b1", "adam_b2"):
         if not 0 <= (value := getattr(protocol, name)) < 1:
             raise UserError(f"{name} is {value}: it must be at least 0 and less than 1")
     if not 0 <= protocol.pretrain_weight_decay < float("inf"):

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from jaxunlearn.errors import UserError
+from jaxunlearn.errors import UserError, WriteError
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +32,7 @@ def exit_status(
         return run(parser.parse_args(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, WriteError) else 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 1

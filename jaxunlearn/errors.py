@@ -20,6 +20,10 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
+class WriteError(UserError):
+    """Results that could not be written: no mistake in the input, so a command ends with status 1, not 2."""
+
+
 def printable(text: str) -> str:
     """`text` with an escape, such as \\n, in place of each character that is not printable."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -8,13 +8,13 @@ import numpy as np
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images, augment, normalise
-from jaxunlearn.loop import Chunk, EpochLoop, Timing
+from jaxunlearn.loop import Chunk, EpochLoop, Report, Timing
 from jaxunlearn.metrics import diverged_metrics, unlearning_metrics
 from jaxunlearn.models.network import Network
 from jaxunlearn.randomness import Stream, stream_key
 from jaxunlearn.sharding import place_seeds, place_shared, shard_batch
 
-BATCH_SIZE = 500  # images; BatchNorm is frozen, so it changes nothing but speed
+BATCH_SIZE = 500  # images; BatchNorm is frozen, so it changes only speed and what `mia_augment` draws
 
 
 class Predictions(NamedTuple):
@@ -47,19 +47,24 @@ class Evaluator:
         self._images = place_shared(
             Images(*(jnp.concatenate(parts)[indices] for parts in zip(test, members, strict=True))), mesh
         )
-        self._plan = [Chunk(0, len(indices) // BATCH_SIZE, (BATCH_SIZE,))]
+        self.steps = len(indices) // BATCH_SIZE
+        self._plan = [Chunk(0, self.steps, (BATCH_SIZE,))]
         self._loop = EpochLoop(_predict_step(network, protocol, len(test.labels)), mesh, timing)
 
-    def predict(self, params: Any, batch_stats: Any, keys: jax.Array) -> Predictions:
+    def predict(
+        self, params: Any, batch_stats: Any, keys: jax.Array, report: Report = lambda done, metrics: None
+    ) -> Predictions:
         """Predictions of models with the seed axis in front."""
         seeded = (params, batch_stats, place_seeds(keys, self._mesh))
-        _, outputs = self._loop.run((), seeded, self._images, 0, self._plan)
+        _, outputs = self._loop.run((), seeded, self._images, 0, self._plan, report)
         flat = {name: value.reshape(len(value), -1)[:, : self._total] for name, value in outputs.items()}
         return Predictions(**flat)
 
-    def metrics(self, params: Any, batch_stats: Any, keys: jax.Array) -> list[dict[str, Any]]:
+    def metrics(
+        self, params: Any, batch_stats: Any, keys: jax.Array, report: Report = lambda done, metrics: None
+    ) -> list[dict[str, Any]]:
         """The metrics of each seed's model; all None where a logit is not finite."""
-        predictions = self.predict(params, batch_stats, keys)
+        predictions = self.predict(params, batch_stats, keys, report)
         tests = len(self._test_labels)
         forget = np.flatnonzero(self._test_labels == self._forget_class)
         results: list[dict[str, Any]] = []

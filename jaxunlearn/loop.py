@@ -145,7 +145,7 @@ class EpochLoop:
                 done, ready = queue.popleft()
                 report(done, jax.block_until_ready(ready))
 
-        def fetch() -> dict[str, np.ndarray]:
+        def gathered() -> dict[str, np.ndarray]:
             fetched = jax.device_get(outputs)
             return {name: np.concatenate([m[name] for m in fetched], axis=1) for name in fetched[0]}
 
@@ -157,9 +157,9 @@ class EpochLoop:
             wait(IN_FLIGHT)
             if keeper and keeper.due():
                 wait(0)
-                keeper.keep(start + length, jax.block_until_ready(carry), fetch())
+                keeper.keep(start + length, jax.block_until_ready(carry), gathered())
         wait(0)
-        return carry, fetch()
+        return carry, gathered()
 
     def _dispatches(self, plan: list[Chunk], first: int) -> Iterator[Chunk]:
         for start, length, sizes in plan:

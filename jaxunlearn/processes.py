@@ -1,7 +1,7 @@
 """Several processes that make one run, on one machine or on many: how they meet, agree and end.
 
-All of them compute the same program on one mesh, each on its own devices. Process 0 leads: it alone uses the cache and
-writes what is left, so no folder need be shared; the data set is read by each.
+All of them compute the same program on one mesh, each on its own devices, and ask the functions here at the same points
+of it. Process 0 leads: it alone reads and writes checkpoints and records, so no folder need be shared.
 """
 
 import glob
@@ -10,6 +10,8 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,27 +25,31 @@ HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is taken
 
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # how many processes srun, mpirun has started
 
-# In what JAX raises where another process is gone. It has no exception of its own for that.
-LOST = re.compile(r"gloo|nccl|coordination service|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
+# What the libraries that carry arrays between processes call themselves in their errors, which are of no class of
+# their own.
+LOST = re.compile(r"Gloo|NCCL|coordination service")
 
 
-def join(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Meets the other processes of the run, if it has any, and moves file descriptor 1. Before the first use of JAX.
+def join(coordinator: str | None, count: int | None, index: int | None) -> bool:
+    """Meets the other processes of the run. Returns whether it may have any. Must come before the first use of JAX.
 
     Where the arguments are None, Slurm, Open MPI or a TPU pod say who the others are. Raises UserError where only some
-    of the arguments are given, or the others are not there.
+    of the arguments are given, or the others are not there within five minutes.
     """
     given = [argument is not None for argument in (coordinator, count, index)]
     if any(given) and not all(given):
         raise UserError("--coordinator, --num-processes and --process-id: give all three, or none")
-    if not any(given) and not _launched():
-        return
+    launched = any(os.environ.get(name, "1") != "1" for name in LAUNCHERS)
+    if not (any(given) or launched or _on_tpu()):
+        return False
     if count is not None and index is not None and not 0 <= index < count:
         raise UserError(f"--process-id {index}: with --num-processes {count} it is from 0 to {count - 1}")
-    if coordinator is not None and not re.fullmatch(r"\S+:\d{1,5}", coordinator):
-        raise UserError(
-            f"--coordinator {coordinator}: write HOST:PORT, the same for all, a port of process 0's machine"
-        )
+    if coordinator is not None:
+        if not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+            raise UserError(f"--coordinator {coordinator}: write HOST:PORT, for all a port of process 0's machine")
+        print(f"waiting for the {count} processes of this run to meet at {coordinator}", file=sys.stderr)
+    # JAX would put its own handler of SIGTERM in place of the one that saves.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -52,55 +58,85 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run do not find each other: {one_line(error)}") from error
-    # Gloo, which carries the sums between CPUs, greets on stdout, where results are to be alone.
+    except (RuntimeError, ValueError, OSError) as error:
+        if not (any(given) or launched):
+            warnings.warn(f"this TPU host runs alone ({one_line(error)})", stacklevel=2)
+            return False
+        remedy = "name them with --coordinator, --num-processes and --process-id"
+        raise UserError(f"the processes of this run do not find each other ({one_line(error)}): {remedy}") from error
+    return True
+
+
+def _on_tpu() -> bool:
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+    return bool(wanted and chips and importlib.util.find_spec("libtpu"))
+
+
+def keep_stdout_for_results() -> None:
+    """Sends to stderr what is no Python's: Gloo, which carries arrays between CPUs, greets on stdout."""
     sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
 
 
-def _launched() -> bool:
-    tpu = importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-    return bool(tpu) or any(os.environ.get(name, "1") != "1" for name in LAUNCHERS)
-
-
 def leads() -> bool:
-    """Whether this process is the one that reads the cache, writes and speaks."""
+    """Whether this process is the one that reads and writes checkpoints and records, and speaks."""
     return jax.process_index() == 0
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether `flag` is true in any process; all must ask at the same point of the program. Takes milliseconds."""
+    """Whether `flag` is true in any process. With several it waits for what they compute, then takes 5 ms on CPUs."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def meet() -> None:
+    """Waits until all processes are here."""
+    anywhere(False)
+
+
 def from_leader(content: bytes) -> bytes:
-    """The leader's `content`, in every process; all must ask at the same point of the program."""
+    """The leader's `content`, less than 2 GiB, in every process."""
     if jax.process_count() == 1:
         return content
-    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(content) if leads() else 0)))
+    size = int(multihost_utils.broadcast_one_to_all(np.uint32(len(content) if leads() else 0)))
     mine = np.frombuffer(content, np.uint8) if leads() else np.zeros(size, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes()
 
 
 def check_agreement(what: str) -> None:
-    """Raises UserError, in every process, where `what` is not the same text in all."""
+    """Raises UserError, in every process, where `what` or the number of devices is not the same in all."""
+    differ = "the processes of this run differ in devices, data, arguments, rule files or versions: make them the same"
+    if len({len(jax.local_devices(process)) for process in range(jax.process_count())}) > 1:
+        raise UserError(differ)
     own = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8)
     if jax.process_count() > 1 and (multihost_utils.process_allgather(own) != own).any():
-        raise UserError("the processes of this run differ in data, arguments or rule files: give all of them the same")
+        raise UserError(differ)
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Raises UserError in every process where one is raised inside, where none may ask another, in any."""
+    try:
+        yield
+    except UserError:
+        anywhere(True)
+        raise
+    if anywhere(False):
+        raise UserError("another process of this run says what is wrong")
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Ends the process with status 1 and one line on stderr where it fails because another one is gone."""
+    """Ends the process with status 1 and one line on stderr, after the traceback, where it has lost another one."""
     try:
         yield
-    except Exception as error:
-        if jax.process_count() == 1 or not LOST.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # of which kind Gloo's are depends on the operation
+        if not LOST.search(str(error)) or jax.process_count() == 1:
             raise
+        traceback.print_exc()
         remedy = "start all of them again with the same command, which goes on from the last checkpoint"
-        print(f"error: another process of this run has ended ({one_line(error)}): {remedy}", file=sys.stderr)
+        print(f"error: another process of this run has ended or is out of reach: {remedy}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # the regular way out waits for those that are gone

@@ -19,7 +19,7 @@ import numpy as np
 from jaxunlearn.checkpoints import Entry, Leaves, Position, Saved, load_together, save_together
 from jaxunlearn.errors import one_line
 from jaxunlearn.loop import Keeper, Report, Timing
-from jaxunlearn.processes import anywhere, from_leader, leads
+from jaxunlearn.processes import anywhere, from_leader, leads, meet
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.sharding import fetch, place_seeds
@@ -123,7 +123,10 @@ def _advance(
             keeper.note_weights(state, epoch * steps - 1)
         keeper.position = Position(epoch, 0)
         keeper.keep(0, state, {})
-        return keeper.finish()  # before signals are what they were: one would end the process while the thread writes
+        saved = keeper.finish()  # before signals are what they were: one would end the process while the thread writes
+        if anywhere(stopping()):
+            raise KeyboardInterrupt
+        return saved
 
 
 class Saving:
@@ -162,6 +165,7 @@ class Saving:
                 self._save(state, position)
             if anywhere(self.stopping()):
                 self._wait()
+                meet()  # a process that ends takes the others with it
                 raise KeyboardInterrupt
 
     def _save(self, state: Any, position: Position) -> None:
@@ -218,17 +222,21 @@ def _load(entries: Sequence[Entry], shapes: dict[str, jax.ShapeDtypeStruct]) -> 
     """What the cache of the leading process has of each entry, in every process."""
     if jax.process_count() == 1:
         return load_together(entries, shapes)
-    own = load_together(entries, shapes) if leads() else []
-    about = from_leader(json.dumps([one and (one.position, one.seconds, one.diverged) for one in own]).encode())
-    content = from_leader(b"".join(one.leaves[name].tobytes() for one in own if one for name in shapes))
-    saved, place = [], 0
-    for one in json.loads(about):
-        leaves = {}
-        for name, x in shapes.items() if one else ():
-            leaves[name] = np.frombuffer(content, x.dtype, x.size, place).reshape(x.shape)
-            place += leaves[name].nbytes
-        saved.append(Saved(leaves, Position(*one[0]), *one[1:]) if one else None)
-    return saved
+    own = load_together(entries, shapes) if leads() else [None] * len(entries)
+    abouts = from_leader(json.dumps([one and (one.position, one.seconds, one.diverged) for one in own]).encode())
+    return [
+        Saved(_leaves_from_leader(one, shapes), Position(*about[0]), *about[1:]) if about else None
+        for one, about in zip(own, json.loads(abouts), strict=True)
+    ]
+
+
+def _leaves_from_leader(saved: Saved | None, shapes: dict[str, jax.ShapeDtypeStruct]) -> Leaves:
+    content = from_leader(b"".join(saved.leaves[name].tobytes() for name in shapes) if saved else b"")
+    leaves, place = {}, 0
+    for name, x in shapes.items():
+        leaves[name] = np.frombuffer(content, x.dtype, x.size, place).reshape(x.shape)
+        place += leaves[name].nbytes
+    return leaves
 
 
 @jax.jit

@@ -15,24 +15,24 @@ from jaxunlearn import records
 from jaxunlearn.benchmarks import Protocol, get_benchmark, validate
 from jaxunlearn.checkpoints import Entry, discard, locked, pretrain_entry, unlearn_entry
 from jaxunlearn.data.batches import Images, resize
-from jaxunlearn.data.datasets import DATASETS, ImageSet, load
-from jaxunlearn.errors import UserError, one_line
-from jaxunlearn.evaluation import Evaluator
+from jaxunlearn.data.datasets import DATASETS, ImageSet, limited, load
+from jaxunlearn.errors import UserError, WriteError, one_line
+from jaxunlearn.evaluation import BATCH_SIZE, Evaluator
 from jaxunlearn.files import check_writable
 from jaxunlearn.loop import Timing, batch_sizes
-from jaxunlearn.methods import RETRAIN, Method
+from jaxunlearn.methods import RETRAIN, Method, build_rule, names
 from jaxunlearn.metrics import diverged_metrics
 from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
 from jaxunlearn.pretrained import Models, given
-from jaxunlearn.processes import check_agreement, leads
+from jaxunlearn.processes import all_or_none, check_agreement, leads, meet
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.resuming import Start, train
 from jaxunlearn.sharding import fetch, make_mesh, place_seeds, place_shared
 from jaxunlearn.training import Pretraining
-from jaxunlearn.unlearning import Split, Unlearning
+from jaxunlearn.unlearning import Split, Unlearning, check_rule, make_context
 
 COLLAPSE = 0.1  # of the accuracy on the retained classes
 
@@ -61,6 +61,12 @@ class Request:
         differs |= {f"{method.name}.{k}": v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
         return records.record_path(self.out, self.bench, method.name, seed, differs)
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What every process of a run must have been told alike."""
+        methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
+        return self.bench, self.protocol, methods, self.seeds, self.devices, self.export_weights is None
+
     def weights_path(self, method: Method, seed: int) -> Path | None:
         """Where the unlearned model goes: below `export_weights` what the record is below `out`."""
         if self.export_weights is None:
@@ -82,22 +88,29 @@ class Run:
             raise UserError(
                 "init_weights: the file and its SHA-256 in the protocol go together, one of them is missing"
             )
-        validate(protocol, DATASETS[protocol.dataset].num_classes)
-        for folder in filter(None, (request.out, request.cache_dir, request.export_weights)):
-            check_writable(folder)
-        for method, seed in itertools.product(request.methods, request.seeds):
-            path = request.record_path(method, seed)
-            records.check_overwrite(path, dataclasses.asdict(protocol), method.hyperparameters, request.force)
+        num_classes = DATASETS[protocol.dataset].num_classes
+        validate(protocol, num_classes)
         self.mesh = make_mesh(len(request.seeds), request.devices)
+        if not leads():
+            self.reporter = Reporter(quiet=True)
+        # Before anything that takes long: processes wait only half a minute for each other the first time.
+        check_agreement(f"{request.settings} {jax.__version__} {jax.dtypes.canonicalize_dtype(float)}")
         self.keys = seed_keys(request.seeds)
-        self.network = make_network(protocol, DATASETS[protocol.dataset].num_classes)
+        self.network = make_network(protocol, num_classes)
         with jax.set_mesh(self.mesh):
-            weights, count = request.init_weights, len(request.seeds)
-            self.given = given(weights, self.network, count, self.mesh) if weights else None
+            with all_or_none():
+                if leads():
+                    check_outputs(request)
+                weights, count = request.init_weights, len(request.seeds)
+                self.given = given(weights, self.network, count, self.mesh) if weights else None
+                context = make_context(self.network, protocol, num_classes, steps_per_epoch=1)
+                for method in request.methods:
+                    if method.name not in names():  # the user's own, which is looked at before a download
+                        check_rule(method, build_rule(method, context), context)
+                with self.timing("data_s"):
+                    dataset = load(protocol.dataset, request.data_dir, request.cache_dir, self.reporter.shows)
+            check_agreement(dataset.digest)
             with self.timing("data_s"):
-                dataset = load(protocol.dataset, request.data_dir, request.cache_dir)
-                wanted = [dataset.digest, protocol, request.bench, request.seeds]
-                check_agreement(repr(wanted + [(m.name, m.hyperparameters, m.source) for m in request.methods]))
                 train = limited(dataset.train, dataset.num_classes, protocol.train_limit)
                 self.train, test = on_device(train, self.mesh), on_device(dataset.test, self.mesh)
             is_forget = train.labels == protocol.forget_class
@@ -122,8 +135,7 @@ class Run:
         request = self.request
         with jax.set_mesh(self.mesh), ExitStack() as locks:
             pretrained = self.given or self._train_or_load(without=None)
-            with self.timing("evaluate_s"):
-                before = self.evaluator.metrics(pretrained.params, pretrained.batch_stats, self.keys)
+            before = self._evaluate(pretrained)
             common = dict(self.timing)
             entries = {m.name: self._unlearn_entries(m) for m in request.methods if m.name in self.unlearnings}
             unfinished = list(itertools.chain(*entries.values()))
@@ -136,13 +148,19 @@ class Run:
                 else:
                     models = self._unlearn(method, entries[method.name], pretrained)
                     steps = self.unlearnings[method.name].steps_per_epoch * request.protocol.unlearn_epochs
-                with self.timing("evaluate_s"):
-                    after = self.evaluator.metrics(models.params, models.batch_stats, self.keys)
+                after = self._evaluate(models)
                 for i in range(len(request.seeds)):
                     record = self._record(method, i, before[i], after[i], pretrained, models, steps, common)
                     yield record, self._keep(method, i, record, models)
-            for entry in unfinished if leads() else ():  # only now: an interruption makes no method start again
-                discard(entry)
+            if leads():
+                for entry in unfinished:  # only now: after an interruption the methods that are done are not redone
+                    discard(entry)
+            meet()  # a process that ends takes the others with it
+
+    def _evaluate(self, models: Models) -> list[dict[str, Any]]:
+        images = self.evaluator.steps * BATCH_SIZE * len(self.keys)
+        with self.timing("evaluate_s"), self.reporter.task("evaluate", 1, self.evaluator.steps, images) as report:
+            return self.evaluator.metrics(models.params, models.batch_stats, self.keys, report(0))
 
     def _keep(self, method: Method, index: int, record: dict[str, Any], models: Models) -> str | None:
         """Writes one seed's record and, if asked to, its model. Returns a warning where one of them was not written."""
@@ -161,7 +179,7 @@ class Run:
                 write_safetensors(weights, to_state_dict(own))
         except OSError as error:
             message = f"cannot write the results of {method.name} ({one_line(error)})"
-            raise UserError(f"{message}: put that right and run the same command, which goes on from here") from error
+            raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
         return None
 
     def _train_or_load(self, without: int | None) -> Models:
@@ -248,12 +266,23 @@ class Run:
             "hyperparameters": method.hyperparameters,
             "timing": {name: round(seconds, 3) for name, seconds in timing.items()},
             "throughput": {name: rate and round(rate, 3) for name, rate in throughput.items()},
-            "environment": records.environment() | {"device_count": self.mesh.size},
+            "environment": records.environment()
+            | {"device_count": self.mesh.size, "process_count": jax.process_count()},
             "status": "ok" if diverged_at is None else "diverged",
             "diverged_at": diverged_at,
             "collapsed": has_collapsed(before, after),
             "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+
+
+def check_outputs(request: Request) -> None:
+    """Raises UserError where the results of a run could not be written."""
+    for folder in filter(None, (request.out, request.cache_dir, request.export_weights)):
+        check_writable(folder)
+    for method, seed in itertools.product(request.methods, request.seeds):
+        path = request.record_path(method, seed)
+        protocol = dataclasses.asdict(request.protocol)
+        records.check_overwrite(path, protocol, method.hyperparameters, request.force)
 
 
 def diverged(pretraining: int | None, unlearning: int | None, after: dict[str, Any]) -> dict[str, Any] | None:
@@ -268,17 +297,6 @@ def has_collapsed(before: dict[str, Any], after: dict[str, Any]) -> bool:
     """Whether unlearning cost more than `COLLAPSE` of the accuracy on the retained classes."""
     both = before["retain_acc"], after["retain_acc"]
     return None not in both and both[0] - both[1] > COLLAPSE
-
-
-def limited(images: ImageSet, num_classes: int, limit: int | None) -> ImageSet:
-    """The first `limit // num_classes` images of every class, in file order; all of them where `limit` is None."""
-    if limit is None:
-        return images
-    if limit > len(images.labels):
-        raise UserError(f"--train-limit {limit}: there are only {len(images.labels)} training images")
-    each = limit // num_classes
-    chosen = np.sort(np.concatenate([np.flatnonzero(images.labels == c)[:each] for c in range(num_classes)]))
-    return ImageSet(images.images[chosen], images.labels[chosen])
 
 
 def on_device(images: ImageSet, mesh: jax.sharding.Mesh) -> Images:

@@ -47,8 +47,10 @@ def make_mesh(num_seeds: int, num_devices: int | None = None) -> jax.sharding.Me
     devices = list(itertools.chain(*by_process))
     count = len(devices)
     along_seed = math.gcd(num_seeds, count)
-    axis_types = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto)
-    return jax.make_mesh((along_seed, count // along_seed), ("seed", "data"), axis_types=axis_types, devices=devices)
+    shape, names, types = (along_seed, count // along_seed), ("seed", "data"), (jax.sharding.AxisType.Auto,) * 2
+    if jax.process_count() > 1:  # `make_mesh` refuses GPUs of several machines
+        return jax.sharding.Mesh(np.array(devices).reshape(shape), names, axis_types=types)
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices)
 
 
 def over_seeds(function: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
@@ -85,10 +87,10 @@ def place_shared(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def _place(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
     def part_of(x: Any) -> jax.Array:
         """The array on the devices of all processes; this one gives its own devices theirs."""
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.jit(lambda x: x, out_shardings=sharding)(x)
         if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(part_of(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

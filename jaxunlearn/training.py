@@ -29,18 +29,19 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(protocol: Protocol, steps_per_epoch: int) -> optax.GradientTransformation:
-    """PyTorch's SGD(lr, momentum, weight_decay): decay joins the gradient before the momentum. No Nesterov.
+    """PyTorch's SGD(lr, momentum, weight_decay, nesterov): decay joins the gradient before the momentum.
 
-    lr(epoch) = lr (1 + cos(pi epoch / epochs)) / 2, constant within an epoch.
+    The cosine schedule is lr(epoch) = lr (1 + cos(pi epoch / epochs)) / 2, constant within an epoch.
     """
 
-    def learning_rate(count: jax.Array) -> jax.Array:
+    def cosine(count: jax.Array) -> jax.Array:
         epoch = count // steps_per_epoch
         return protocol.pretrain_lr * (1 + jnp.cos(jnp.pi * epoch / protocol.pretrain_epochs)) / 2
 
+    schedule = cosine if protocol.pretrain_schedule == "cosine" else protocol.pretrain_lr
     return optax.chain(
         optax.add_decayed_weights(protocol.pretrain_weight_decay),
-        optax.sgd(learning_rate, momentum=protocol.pretrain_momentum),
+        optax.sgd(schedule, momentum=protocol.pretrain_momentum, nesterov=protocol.pretrain_nesterov),
     )
 
 

@@ -172,6 +172,8 @@ class Unlearning:
 
 
 def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_batches: int) -> Callable[..., Any]:
+    augments = protocol.unlearn_augment
+
     def step(
         carry: Carry,
         seeded: tuple[jax.Array, tuple[jax.Array, jax.Array]],
@@ -186,8 +188,12 @@ def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_b
         retain_chosen = jax.lax.dynamic_slice(retain_order, (index * size,), sizes[:1])
         place = (index // forget_batches, index % forget_batches * size)
         forget_chosen = jax.lax.dynamic_slice(forget_orders, place, (1, sizes[1]))[0]
-        retain = shard_batch(augmented_batch(data, retain_chosen, retain_key, protocol))
-        forget = shard_batch(augmented_batch(data, forget_chosen, forget_key, protocol))
+        retain, forget = (
+            shard_batch(
+                augmented_batch(data, chosen, key, protocol) if augments else clean_batch(data, chosen, protocol)
+            )
+            for chosen, key in ((retain_chosen, retain_key), (forget_chosen, forget_key))
+        )
         state = RuleState(carry.batch_stats, carry.opt_state, rule_key, carry.extra, epoch * steps + index, epoch)
         params, state, metrics = rule.step(carry.params, state, retain, forget)
         return Carry(params, state.batch_stats, state.opt_state, state.extra), metrics

@@ -36,7 +36,7 @@ FLAGS = {
 }
 
 # Those that are not for `--set`: they have a flag, or they are what the benchmark is.
-NOT_SET = {*FLAGS, "init_weights", "model", "dataset"}
+NOT_SET = {*FLAGS, "drop_last", "mia_augment", "init_weights", "model", "dataset"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -135,8 +135,8 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            span = range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            span = range(int(first), int(last if dash else first) + 1)
             if not 0 < len(span) <= MOST_SEEDS:
                 raise ValueError
             seeds += span
@@ -187,7 +187,7 @@ def make_protocol(args: argparse.Namespace, settings: dict[str, str]) -> Protoco
 def run(args: argparse.Namespace) -> int:
     """What the arguments ask for. Raises UserError."""
     from jaxunlearn import methods
-    from jaxunlearn.processes import join, watched
+    from jaxunlearn.processes import join, keep_stdout_for_results, watched
     from jaxunlearn.sharding import request_devices
 
     if args.list:
@@ -198,20 +198,23 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("name a benchmark with --bench (--list shows all)")
     if not 0 <= args.save_every < float("inf"):
         raise UserError(f"--save-every {args.save_every}: it must be at least 0")
-    join(args.coordinator, args.num_processes, args.process_id)
-    request_devices(args.devices)
-    with watched():
-        run_benchmark(args)
-    return 0
-
-
-def run_benchmark(args: argparse.Namespace) -> None:
-    """The benchmark that the arguments name. Raises UserError."""
-    from jaxunlearn import methods
-
     settings = parse_settings(args.set)
     protocol = make_protocol(args, settings.pop("protocol", {}))
     seeds = parse_seeds(args.seeds)
+    if join(args.coordinator, args.num_processes, args.process_id):
+        keep_stdout_for_results()
+    request_devices(args.devices)
+    with watched():
+        run_benchmark(args, protocol, seeds, settings)
+    return 0
+
+
+def run_benchmark(
+    args: argparse.Namespace, protocol: Protocol, seeds: list[int], settings: dict[str, dict[str, str]]
+) -> None:
+    """Runs and prints the benchmark. Raises UserError."""
+    from jaxunlearn import methods
+
     chosen = []
     for name in args.method or methods.BASELINES:
         title = Path(name).stem if name.endswith(".py") else name
@@ -244,7 +247,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         force=args.force,
     )
-    prepared = Run(request, Reporter(args.quiet or not leads()))
+    prepared = Run(request, Reporter(args.quiet))
     # Only now: what is wrong with the input has been said, and until then nothing may be left behind.
     jax.config.update("jax_compilation_cache_dir", str(args.cache_dir.absolute() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

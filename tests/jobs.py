@@ -1,5 +1,6 @@
 """The tiny benchmark as a command in a folder of its own, which tests may kill, and what it leaves."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from orbax.checkpoint import PyTreeCheckpointer
 from tiny_bench import NAME
 
 from jaxunlearn.checkpoints import Entry
+from jaxunlearn.metrics import METRICS
 
 METHODS = ("scrub",)
 STEPS = 320 // 16  # an epoch of pretraining; of unlearning 18
@@ -50,7 +52,7 @@ class Job:
         return max(found, default=(-1, 0, 0))
 
     def outcome(self):
-        """All that a run leaves, to the bit: pretrained models, unlearned ones, metrics."""
+        """All that a run leaves, to the bit: pretrained models, unlearned ones, what they scored."""
         bits = {}
         for folder in (self.folder / "cache" / "pretrained").iterdir():
             (path,) = folder.iterdir()
@@ -58,4 +60,7 @@ class Job:
                 bits[folder.name, name] = leaf.tobytes()
         for path in (self.folder / "weights").rglob("*.safetensors"):
             bits[path.relative_to(self.folder)] = path.read_bytes()
+        for path in (self.folder / "runs").rglob("*.json"):
+            record = json.loads(path.read_text())
+            bits[path.relative_to(self.folder)] = record["before"], [record[name] for name in METRICS]
         return bits

@@ -130,6 +130,8 @@ def test_list_names_benchmarks_and_methods(bench):
             "Item.unlearn_step, line 3: .item(), float() and int() ask for the value",
         ),
         (f"--bench {BENCH} --method scrub scrub", "each method once"),
+        (f"--bench {BENCH} --seeds 5-", "write 42, 0-7 or 1,5,9"),
+        (f"--bench {BENCH} --coordinator localhost:1", "give all three"),
         (f"--bench {BENCH} --forget-class 10", "forget class 10 does not exist"),
         (f"--bench {BENCH} --forget-class -1", "forget class -1 does not exist"),
         (f"--bench {BENCH} --pretrain-epochs 0", "pretrain_epochs is 0"),

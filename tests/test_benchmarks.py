@@ -67,8 +67,8 @@ def test_every_benchmark_is_valid_and_hashable():
 def test_pretrain_fields_are_fields_that_unlearning_does_not_own():
     fields = {field.name for field in dataclasses.fields(Protocol)}
     assert set(PRETRAIN_FIELDS) < fields
-    unlearning = {"unlearn_epochs", "epoch_length", "unlearn_lr", "adam_b1", "adam_b2", "adam_eps", "mia_augment"}
-    assert fields - set(PRETRAIN_FIELDS) == unlearning | {"forget_class", "init_weights"}
+    unlearning = {"unlearn_epochs", "epoch_length", "unlearn_augment", "unlearn_lr", "adam_b1", "adam_b2", "adam_eps"}
+    assert fields - set(PRETRAIN_FIELDS) == unlearning | {"mia_augment", "forget_class", "init_weights"}
 
 
 def test_unknown_benchmark_names_the_nearest():
@@ -84,6 +84,7 @@ def test_unknown_benchmark_names_the_nearest():
         ("resnet_shortcut", "C", "choose from B, A"),
         ("mobilenet_stride", 3, "choose from 1, 2"),
         ("precision", "fp16", "choose from fp32, bf16"),
+        ("pretrain_schedule", "step", "choose from cosine, constant"),
         *(
             (name, 0, f"{name} is 0: it must be at least 1")
             for name in ("pretrain_epochs", "unlearn_epochs", "batch_size")
@@ -95,7 +96,7 @@ def test_unknown_benchmark_names_the_nearest():
         ),
         *(
             (name, value, f"{name} is .*: it must be at least 0 and less than 1")
-            for name in ("pretrain_momentum", "adam_b1", "adam_b2")
+            for name in ("pretrain_momentum", "mobilenet_dropout", "adam_b1", "adam_b2")
             for value in (-0.1, 1.0, float("nan"))
         ),
         ("pretrain_weight_decay", -1e-4, "it must be 0 or more"),

@@ -21,6 +21,7 @@ from layouts import (
 
 from jaxunlearn.data import datasets, tfds_source
 from jaxunlearn.data.datasets import DATASETS, ImageSet, find
+from jaxunlearn.errors import UserError
 
 pytestmark = small_sets
 
@@ -184,3 +185,12 @@ def test_the_real_files(name, tmp_path):
         assert set(np.bincount(labels)) == {len(labels) // found.num_classes}
     assert found.train.labels[0] == label and found.train.images[0, 0, 0].tolist() == pixel
     assert found.digest == digest
+
+
+def test_train_limit_takes_equally_many_of_each_class_from_the_front():
+    labels = np.array([0, 1, 2, 2, 1, 0, 0, 1, 2], np.int32)
+    kept = datasets.limited(ImageSet(np.arange(9)[:, None, None, None].astype(np.uint8), labels), 3, 7)
+    assert kept.images.ravel().tolist() == [0, 1, 2, 3, 4, 5] and kept.labels.tolist() == [0, 1, 2, 2, 1, 0]
+    few = ImageSet(kept.images, np.array([0, 0, 0, 1, 2, 2], np.int32))
+    with pytest.raises(UserError, match="--train-limit 6: there are only 1 training images of one class"):
+        datasets.limited(few, 3, 6)

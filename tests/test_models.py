@@ -1,6 +1,7 @@
 """The benchmark's models: sizes, names, initialisation, what train mode changes, and real trained weights."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -116,6 +117,16 @@ def test_train_mode_uses_the_batch_and_dropout_eval_mode_neither():
     np.testing.assert_allclose(evaluate(images)[:2], evaluate(images[:2]), rtol=1e-4, atol=1e-5)
 
 
+def test_mobilenet_has_dropout_where_it_is_asked_for():
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    for rate in (0.0, 0.5):
+        model = build("mobilenetv2", 10, mobilenet_dropout=rate)
+        variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
+        apply = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+        first, second = (apply(variables, images, rngs={"dropout": jax.random.key(k)})[0] for k in (2, 3))
+        assert bool((first == second).all()) == (rate == 0.0)
+
+
 def test_shortcut_a_halves_the_image_and_pads_the_channels_on_both_sides():
     model = build("resnet20", 10, resnet_shortcut="A")
     variables = some_variables(model)
@@ -147,10 +158,10 @@ def real(name: str, archive: str, classes: int, labels_at: int):
     """Images and labels of a test set in its binary layout, and the variables of real weights; skips without them."""
     data, weights = os.environ.get("JAXUNLEARN_DATA"), os.environ.get("JAXUNLEARN_WEIGHTS")
     if not data or not (Path(data) / archive).exists():
-        pytest.skip(f"needs $JAXUNLEARN_DATA/{archive}")
+        pytest.skip(f"needs the real $JAXUNLEARN_DATA/{archive}")
     files = sorted(Path(weights).glob(f"{name}_*.npz")) if weights else []
     if not files:
-        pytest.skip(f"needs $JAXUNLEARN_WEIGHTS/{name}_*.npz")
+        pytest.skip(f"needs the real $JAXUNLEARN_WEIGHTS/{name}_*.npz")
     rows = np.fromfile(Path(data) / archive, np.uint8).reshape(10_000, -1)
     images = rows[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return images, rows[:, labels_at], load_weights(files[0], shapes(build(name, classes)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jobs import Job
 from safetensors.numpy import load_file
-from tiny_bench import DIGITS, NAME_X64
+from tiny_bench import DIGITS, NAME, NAME_X64
 
 from jaxunlearn import processes
 from jaxunlearn.errors import UserError
@@ -36,6 +36,16 @@ class Pair:
 
     def start(self, **options):
         return [job.start(**options) for job in self.jobs]
+
+    def resume(self):
+        """Runs to the end; returns how far the checkpoints were at every moment of it."""
+        running, seen = self.start(), []
+        while None in [process.poll() for process in running]:
+            seen.append(self.jobs[0].progress())
+            time.sleep(0.01)
+        said = ends(running)
+        assert [code for code, *_ in said] == [0, 0], said
+        return seen
 
     def start_until_it_trains(self):
         running = self.start()
@@ -76,22 +86,32 @@ def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, 
     out = pair.finish()
     assert len(out.splitlines()) == 2 and all(line.startswith('{"bench"') for line in out.splitlines())
     assert pair.jobs[0].outcome() == alone  # to the bit: seeds do not feel each other
-    left = {path.name for path in pair.jobs[1].folder.rglob("*")}
-    assert left <= {"cache", "xla"}
+    assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", "xla"}  # which the tests have made
 
 
 def test_two_processes_share_the_batch(tmp_path, compiled):
-    """In float64, where the order of sums is all that can differ."""
-    x64 = os.environ | {"JAX_ENABLE_X64": "1"}
-    one = Job(tmp_path / "one", compiled, "two seeds", *ONE_SEED, "--bench", NAME_X64)
-    one.finish(env=x64)
-    pair = Pair(tmp_path / "two", compiled, *ONE_SEED, "--bench", NAME_X64)
-    pair.finish(env=x64)
-    expected, found = (
-        load_file(job.folder / "weights" / NAME_X64 / "scrub" / "seed3.safetensors") for job in (one, pair.jobs[0])
+    """In float64, where the order of sums is all that can differ; a rule with `prepare`, and the reference, too."""
+    (tmp_path / "prepared.py").write_text(
+        "import jax\n"
+        "from jaxunlearn.methods import retain_finetune\n"
+        "def rule(context):\n"
+        "    def prepare(params, state, retain_set, forget_set):\n"
+        "        mean = sum(batch.images.mean() for batch in forget_set) / len(forget_set)\n"
+        "        return jax.tree.map(lambda x: x * (1 + 0.1 * mean), params), state\n"
+        "    return retain_finetune.rule(context)._replace(prepare=prepare)\n"
     )
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    wanted = (*ONE_SEED, "--bench", NAME_X64, "--method", "scrub", str(tmp_path / "prepared.py"), "retrain")
+    x64 = os.environ | {"JAX_ENABLE_X64": "1"}
+    one = Job(tmp_path / "one", compiled, "two seeds", *wanted)
+    one.finish(env=x64)
+    pair = Pair(tmp_path / "two", compiled, *wanted)
+    pair.finish(env=x64)
+    for method in ("scrub", "prepared", "retrain"):
+        expected, found = (
+            load_file(job.folder / "weights" / NAME_X64 / method / "seed3.safetensors") for job in (one, pair.jobs[0])
+        )
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -104,26 +124,39 @@ def test_where_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_pat
     assert time.monotonic() - start < 60
     assert code not in (0, 2) and ("another process of this run has ended" in err or "another task died" in err)
     came_to = pair.jobs[0].progress()
-    assert came_to < (1, 0, 0)
-    pair.finish()
+    assert (0, 1, 0) <= came_to < (1, 0, 0)
+    assert min(pair.resume()[:20]) >= came_to  # it did not start again
     assert pair.jobs[0].outcome() == alone
 
 
-def test_a_signal_to_one_process_stops_both_with_everything_saved(tmp_path, compiled, alone):
+def test_a_signal_to_one_process_stops_both_together(tmp_path, compiled, alone):
     pair = Pair(tmp_path, compiled)
     running = pair.start_until_it_trains()
     running[1].send_signal(signal.SIGTERM)
     for code, _, err in ends(running):
         assert code == 1 and "interrupted: the same command goes on from the last checkpoint" in err
-    pair.finish()
+    came_to = pair.jobs[0].progress()
+    assert (0, 1, 0) <= came_to < (1, 0, 0)
+    assert min(pair.resume()[:20]) >= came_to
     assert pair.jobs[0].outcome() == alone
 
 
-def test_processes_that_were_told_different_things_are_refused(tmp_path, compiled):
+@pytest.mark.parametrize("other", [("--seeds", "1,3"), ("--devices", "2")], ids=" ".join)
+def test_processes_that_were_told_different_things_are_refused(tmp_path, compiled, other):
     pair = Pair(tmp_path, compiled)
-    pair.jobs[1].command += ["--seeds", "1,3"]
+    pair.jobs[1].command += other
     for code, _, err in ends(pair.start()):
-        assert code == 2 and "error: the processes of this run differ in data, arguments or rule files" in err
+        assert code == 2 and "error: the processes of this run differ in devices, data, arguments" in err
+
+
+def test_what_is_wrong_with_one_process_ends_all(tmp_path, compiled):
+    pair = Pair(tmp_path, compiled)
+    path = pair.jobs[0].folder / "runs" / NAME / "scrub" / "seed1.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    (code, _, err), (other_code, _, other_err) = ends(pair.start())
+    assert code == other_code == 2
+    assert "seed1.json is not a result record" in err and "another process of this run says what is wrong" in other_err
 
 
 @pytest.mark.parametrize(
@@ -164,7 +197,7 @@ def test_a_launcher_of_several_processes_is_recognised(monkeypatch, variables, j
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     if joins:
-        with pytest.raises(UserError, match="do not find each other: RuntimeError: nobody there"):
+        with pytest.raises(UserError, match=r"do not find each other \(RuntimeError: nobody there\): name them with"):
             processes.join(None, None, None)
     else:
         processes.join(None, None, None)

@@ -17,8 +17,6 @@ from tiny import PROTOCOL
 
 from jaxunlearn import benchmarks, resuming
 from jaxunlearn import records as records_module
-from jaxunlearn.benchmarks import PRETRAIN_FIELDS
-from jaxunlearn.data.readers import ImageSet
 from jaxunlearn.errors import UserError
 from jaxunlearn.methods import get_method
 from jaxunlearn.metrics import METRICS
@@ -26,7 +24,7 @@ from jaxunlearn.models import torch_weights
 from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
 from jaxunlearn.resuming import Saving
-from jaxunlearn.runs import Request, Run, has_collapsed, limited
+from jaxunlearn.runs import Request, Run, has_collapsed
 from jaxunlearn.training import Pretraining
 from jaxunlearn.unlearning import Unlearning
 
@@ -319,13 +317,3 @@ def test_a_diverged_run_says_so(tmp_path):
     assert wild["status"] == "diverged" and all(wild[name] is None for name in METRICS)
     assert wild["before"]["retain_acc"] is not None and not wild["collapsed"]
     assert wild["diverged_at"] == {"phase": "unlearn", "step": 0}
-
-
-def test_train_limit_takes_equally_many_of_each_class_from_the_front():
-    labels = np.array([0, 1, 2, 2, 1, 0, 0, 1, 2], np.int32)
-    kept = limited(ImageSet(np.arange(9)[:, None, None, None].astype(np.uint8), labels), 3, 7)
-    assert kept.images.ravel().tolist() == [0, 1, 2, 3, 4, 5] and kept.labels.tolist() == [0, 1, 2, 2, 1, 0]
-
-
-def test_pretrain_fields_exist():
-    assert set(PRETRAIN_FIELDS) <= {field.name for field in dataclasses.fields(DIGITS)}

@@ -178,7 +178,7 @@ def test_without_tensorflow_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXUNLEARN_DATA", str(tmp_path / "elsewhere"))
     message = refused("cifar10", None, tmp_path)
     for part in (
-        'pip install "jaxunlearn[tfds]"',
+        'pip install -e ".[tfds]"',
         "cifar-10-python.tar.gz",
         str(tmp_path / "data"),
         str(tmp_path / "elsewhere"),
@@ -210,6 +210,10 @@ def test_preparing_lands_in_the_cache_and_leaves_stdout_alone(tmp_path, monkeypa
     np.testing.assert_array_equal(found.train.images, Cifar10.sets["train"].images)
     out, err = capfd.readouterr()
     assert not out and "Generating" in err
+    disabled = []
+    monkeypatch.setattr(tfds, "disable_progress_bar", lambda: disabled.append(True))
+    datasets.load("cifar10", None, tmp_path / "quiet", progress=False)
+    assert disabled and capfd.readouterr().out == ""
     monkeypatch.setattr(tfds, "builder", None)  # the second time nothing is prepared
     assert datasets.load("cifar10", None, tmp_path).digest == found.digest
 

@@ -182,6 +182,27 @@ def test_devices_agree(precision, split, epochs, rtol):
     assert_close(unlearn(RULE, protocol, SEEDS * (1 + twice), epochs, mesh_of(*split)), expected, rtol)
 
 
+def test_batches_are_augmented_unless_the_protocol_says_otherwise():
+    def rule(context):
+        def step(params, state, retain, forget):
+            return params, state, {"loss": jnp.zeros(()), "retain": retain.images.sum(), "forget": forget.images.sum()}
+
+        return UnlearningRule(lambda params, stats, key: init_state(context, params, stats, key), step)
+
+    def sums(**changes):
+        protocol = dataclasses.replace(PROTOCOL, **changes)
+        with jax.set_mesh(mesh_of()):
+            run, keys = make_unlearning(method_of(rule), protocol, mesh_of()), seed_keys(SEEDS)
+            _, metrics = run_epochs(run, run.start(*make_models(protocol, SEEDS, mesh_of()), keys), keys, 1)
+        return metrics["retain"], metrics["forget"]
+
+    clean = [np.asarray(normalise(make_images().images[part], PROTOCOL)).sum() for part in make_split()]
+    for own, of_all in zip(sums(unlearn_augment=False), clean, strict=True):
+        np.testing.assert_allclose(own, np.full((2, 1), of_all), rtol=1e-4)
+    for own, of_all in zip(sums(), clean, strict=True):  # zeros around the image are darker than it
+        assert (np.abs(own / of_all - 1) > 1e-3).all()
+
+
 def test_prepare_sees_every_clean_image_once_and_changes_what_the_steps_get():
     seen = []
 

@@ -130,11 +130,12 @@ DATASETS = {
 }
 
 
-def load(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
+def load(name: str, data_dir: Path | None, cache_dir: Path, progress: bool = True) -> Dataset:
     """Reads a data set from the first place that has it, else downloads it with tensorflow-datasets.
 
     The places: `data_dir`, $JAXUNLEARN_DATA, `cache_dir/data`, `cache_dir/tfds`. In each the standard
     layouts are read as they are, then what tensorflow-datasets prepared. `digits` comes with scikit-learn instead.
+    A download shows its `progress` on stderr.
 
     Images are u8[N, H, W, C], C-contiguous; labels i32[N]. Warns when the counts are not the official ones. Raises
     UserError, in one line, for an unknown name, a `data_dir` without the data set, broken files, a failed download.
@@ -144,7 +145,7 @@ def load(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset:
     spec, tfds_dir = DATASETS[name], cache_dir / "tfds"
     looked_in = ", ".join(map(str, _places(data_dir, cache_dir)))
     advice = f"or put {_wanted(spec)} in {cache_dir / 'data'} (looked in {looked_in})"
-    prepared = tfds_source.prepare(spec.tfds_name, _expanded(tfds_dir), advice)
+    prepared = tfds_source.prepare(spec.tfds_name, _expanded(tfds_dir), advice, progress)
     return _dataset(name, *tfds_source.read_prepared(prepared, spec.num_classes, spec.shape), str(prepared))
 
 
@@ -160,6 +161,17 @@ def find(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset | None:
                 warnings.warn(f"no {name} in {data_dir}: using {found[2]}", stacklevel=2)
             return _dataset(name, *found)
     return None
+
+
+def limited(images: ImageSet, num_classes: int, limit: int | None) -> ImageSet:
+    """The first `limit // num_classes` images of every class, in file order; all of them where `limit` is None."""
+    if limit is None:
+        return images
+    each, fewest = limit // num_classes, int(np.bincount(images.labels, minlength=num_classes).min())
+    if each > fewest:
+        raise UserError(f"--train-limit {limit}: there are only {fewest} training images of one class")
+    chosen = np.sort(np.concatenate([np.flatnonzero(images.labels == c)[:each] for c in range(num_classes)]))
+    return ImageSet(images.images[chosen], images.labels[chosen])
 
 
 def _places(data_dir: Path | None, cache_dir: Path) -> list[Path]:

@@ -83,20 +83,22 @@ def _decode_png(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
         return np.asarray(image).reshape(shape)
 
 
-def prepare(name: str, tfds_dir: Path, advice: str) -> Path:
+def prepare(name: str, tfds_dir: Path, advice: str, progress: bool) -> Path:
     """Downloads a data set into `tfds_dir` and returns the prepared folder; needs TensorFlow.
 
-    tensorflow-datasets shows its progress on stderr, checks the downloads' SHA-256 and renames a finished folder into
+    tensorflow-datasets shows its `progress` on stderr, checks the downloads' SHA-256 and renames a finished folder into
     place. UserError, ending in `advice`, if TensorFlow is missing or anything fails.
     """
     if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(f'downloading {name} needs TensorFlow: pip install "jaxunlearn[tfds]", {advice}')
+        raise UserError(f'downloading {name} needs TensorFlow: pip install -e ".[tfds]", {advice}')
     try:
         import requests
         import tensorflow_datasets as tfds
 
         # It announces itself on stdout, which is for results.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr if progress else io.StringIO()):
+            if not progress:
+                tfds.disable_progress_bar()
             builder = tfds.builder(name, data_dir=tfds_dir, file_format="array_record")
             # Its own downloader retries for minutes before it says that there is no network.
             requests.head(next(iter(builder.url_infos)), timeout=30)

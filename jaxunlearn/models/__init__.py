@@ -24,11 +24,12 @@ def build(
     *,
     resnet_shortcut: str = "B",
     mobilenet_stride: int = 1,
+    mobilenet_dropout: float = 0.0,
     dtype: DTypeLike = jnp.float32,
 ) -> nn.Module:
     """The model called `name`, computing in `dtype` (parameters, statistics and logits stay float32 or wider).
 
-    `resnet_shortcut` ("B" or "A") and `mobilenet_stride` (1 or 2) matter to their model only.
+    `resnet_shortcut` ("B" or "A"), `mobilenet_stride` (1 or 2) and `mobilenet_dropout` matter to their model only.
     """
     if name not in MODELS:
         raise UserError(f"no model {name!r}: the models are {', '.join(sorted(MODELS))}")
@@ -38,6 +39,6 @@ def build(
         raise UserError(f"no MobileNetV2 stride {mobilenet_stride}: 1 or 2")
     options: dict[str, dict[str, object]] = {
         "resnet20": {"shortcut": resnet_shortcut},
-        "mobilenetv2": {"stride": mobilenet_stride},
+        "mobilenetv2": {"stride": mobilenet_stride, "dropout": mobilenet_dropout},
     }
     return MODELS[name](num_classes=num_classes, dtype=dtype, **options.get(name, {}))

@@ -27,12 +27,14 @@ def stages(stride: int) -> tuple[tuple[int, int, int, int], ...]:
 class MobileNetV2(nn.Module):
     """Width 1.0, stem of stride 1, seven stages of inverted residuals, 1280-channel head, mean pool, linear.
 
-    ReLU where the paper has ReLU6, no dropout. 2,236,682 parameters at 10 classes. `stride` is that of the 24-channel
-    stage: 1, or 2 (3.6 times fewer multiply-adds). Layer names are torchvision's.
+    ReLU where the paper has ReLU6; `dropout` before the linear layer, by default none. 2,236,682 parameters at 10
+    classes. `stride` is that of the 24-channel stage: 1, or 2 (3.6 times fewer multiply-adds). Layer names are
+    torchvision's.
     """
 
     num_classes: int
     stride: int = 1
+    dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -47,6 +49,7 @@ class MobileNetV2(nn.Module):
                 index += 1
         x = self._conv_bn(f"features.{index}.0", f"features.{index}.1", x, 1280, train, size=1)
         x = x.astype(parameter_dtype(self.dtype)).mean((1, 2))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return Linear(self.num_classes, parameter_dtype(self.dtype), name="classifier.1")(x)
 
     def _block(self, name: str, x: Array, expansion: int, channels: int, stride: int, train: bool) -> Array:

@@ -32,6 +32,7 @@ def make_network(protocol: Protocol, num_classes: int) -> Network:
         num_classes,
         resnet_shortcut=protocol.resnet_shortcut,
         mobilenet_stride=protocol.mobilenet_stride,
+        mobilenet_dropout=protocol.mobilenet_dropout,
         dtype=DTYPES[protocol.precision],
     )
 
