@@ -105,7 +105,7 @@ class Run:
                 self.given = given(weights, self.network, count, self.mesh) if weights else None
                 context = make_context(self.network, protocol, num_classes, steps_per_epoch=1)
                 for method in request.methods:
-                    if method.name not in names():  # the user's own, which is looked at before a download
+                    if method.name not in (*names(), RETRAIN):  # the user's own, which is looked at before a download
                         check_rule(method, build_rule(method, context), context)
                 with self.timing("data_s"):
                     dataset = load(protocol.dataset, request.data_dir, request.cache_dir, self.reporter.shows)

@@ -167,6 +167,8 @@ def limited(images: ImageSet, num_classes: int, limit: int | None) -> ImageSet:
     """The first `limit // num_classes` images of every class, in file order; all of them where `limit` is None."""
     if limit is None:
         return images
+    if limit > len(images.labels):
+        raise UserError(f"--train-limit {limit}: there are only {len(images.labels)} training images")
     each, fewest = limit // num_classes, int(np.bincount(images.labels, minlength=num_classes).min())
     if each > fewest:
         raise UserError(f"--train-limit {limit}: there are only {fewest} training images of one class")
