@@ -1,7 +1,7 @@
 """The benchmark's models: sizes, names, initialisation, what train mode changes, and real trained weights."""
 
 import os
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.errors import UserError
 from jaxunlearn.models import MODELS, build
 from jaxunlearn.models.initialisation import initial_variables
 from jaxunlearn.models.layers import Conv, Linear
+from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import load_weights
 
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -120,10 +122,9 @@ def test_train_mode_uses_the_batch_and_dropout_eval_mode_neither():
 def test_mobilenet_has_dropout_where_it_is_asked_for():
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     for rate in (0.0, 0.5):
-        model = build("mobilenetv2", 10, mobilenet_dropout=rate)
-        variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
-        apply = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
-        first, second = (apply(variables, images, rngs={"dropout": jax.random.key(k)})[0] for k in (2, 3))
+        network = make_network(replace(get_benchmark("mobilenetv2-fmnist-class0"), mobilenet_dropout=rate), 10)
+        variables, apply = network.initialise(jax.random.key(0)), jax.jit(network.apply_train)
+        first, second = (apply(*variables, images, jax.random.key(k))[0] for k in (2, 3))
         assert bool((first == second).all()) == (rate == 0.0)
 
 
