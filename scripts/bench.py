@@ -19,7 +19,7 @@ from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, MOST_SEEDS, Protocol, get
 from jaxunlearn.commands import Parser, exit_status
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import default_cache
-from jaxunlearn.memory import restart_with_huge_pages
+from jaxunlearn.memory import restart_with_memory_kept
 
 # The protocol's fields that have a flag of their own, and its help. `--set protocol.FIELD=VALUE` sets the others.
 FLAGS = {
@@ -271,6 +271,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart_with_memory_kept()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -20,7 +20,7 @@ from typing import Any
 from jaxunlearn.benchmarks import BENCHMARKS, CHOICES, MOST_SEEDS, get_benchmark
 from jaxunlearn.commands import Parser, exit_status
 from jaxunlearn.errors import UserError
-from jaxunlearn.memory import restart_with_huge_pages
+from jaxunlearn.memory import restart_with_memory_kept
 
 PAIRS = 5
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # where the PyTorch reference is
@@ -143,5 +143,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart_with_memory_kept()
     sys.exit(main())

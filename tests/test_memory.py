@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
+from jaxunlearn.memory import KEEP
+
 SCRIPT = """
 import os, sys
-from jaxunlearn.memory import restart_with_huge_pages
+from jaxunlearn.memory import restart_with_memory_kept
 print("start", flush=True)
-restart_with_huge_pages()
+restart_with_memory_kept()
 print(os.environ["GLIBC_TUNABLES"], sys.argv[1:], sys.flags.optimize)
 """
 
@@ -24,7 +26,7 @@ def start(**environment):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="for glibc")
 def test_restarts_once_with_the_same_command():
-    assert start() == ["start", "start", "glibc.malloc.hugetlb=1 ['a b', '--flag'] 1"]
+    assert start() == ["start", "start", f"{KEEP} ['a b', '--flag'] 1"]
 
 
 def test_leaves_the_users_setting_alone():
