@@ -19,6 +19,8 @@ import jax
 import jaxunlearn
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import exists, write_atomically
+from jaxunlearn.models import native
+from jaxunlearn.models.batching import on_cpu
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
@@ -87,15 +89,19 @@ def environment() -> dict[str, Any]:
 
     Returns:
       `versions` (of this package, Python and `PACKAGES`; None: not installed), `device_kind`, `device_count` (all that
-      JAX sees), `cpu` {`model`, `cores` this process may use}, `git_commit` (of this package's checkout, ending in
-      "-dirty" when tracked files were changed; None outside a checkout).
+      JAX sees), `cpu` {`model`, `cores` this process may use, `compiled_kernels`: whether they are used}, `git_commit`
+      (of this package's checkout, ending in "-dirty" when tracked files were changed; None outside a checkout).
     """
     own = {"jaxunlearn": jaxunlearn.__version__, "python": platform.python_version()}
     return {
         "versions": own | {name: _version(name) for name in PACKAGES},
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
-        "cpu": {"model": _cpu_model(), "cores": _cores()},
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": _cores(),
+            "compiled_kernels": on_cpu() and native.library() is not None,
+        },
         "git_commit": _git_commit(Path(__file__)),
     }
 

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxunlearn.models import winograd
+from jaxunlearn.models import native, winograd
 from jaxunlearn.models.convolution import conv2d
 from jaxunlearn.models.layers import BatchNorm
 from jaxunlearn.models.normalization import EPS, batch_norm
@@ -18,6 +18,18 @@ from jaxunlearn.models.pooling import max_pool
 def _full_precision():
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(params=["compiled", "XLA's"])
+def form(request, monkeypatch):
+    """Runs a test with the compiled kernels, then without."""
+    if request.param == "XLA's":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("needs a C++ compiler")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
@@ -55,17 +67,24 @@ CONVOLUTIONS = [
     (3, 9, 9, 64, 64, 3, 1, 1),
     (3, 1, 2, 64, 64, 3, 1, 1),
     (3, 4, 4, 64, 64, 3, 2, 1),
+    (3, 7, 5, 24, 40, 3, 2, 1),  # vectors of all widths
+    (2, 5, 17, 56, 40, 3, 1, 1),
     (3, 7, 7, 20, 24, 1, 2, 1),
+    (3, 7, 5, 24, 40, 1, 2, 1),
+    (3, 6, 9, 40, 24, 1, 1, 1),
     (4, 6, 6, 20, 20, 3, 1, 20),  # depthwise
     (32, 6, 6, 20, 20, 3, 2, 20),
     (3, 7, 5, 20, 20, 3, 2, 20),
     (3, 2, 2, 20, 20, 3, 2, 20),
     (2, 7, 7, 6, 6, 5, 2, 6),
+    (20, 7, 5, 72, 72, 3, 1, 72),
+    (20, 7, 6, 72, 72, 3, 2, 72),
+    (3, 2, 1, 65, 65, 5, 2, 65),
 ]
 
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
-def test_convolution_and_gradients_are_those_of_lax(shape):
+def test_convolution_and_gradients_are_those_of_lax(shape, form):
     batch, height, width, channels, features, size, stride, groups = shape
     x, kernel = random(batch, height, width, channels), random(size, size, channels // groups, features, seed=1)
     g = random(batch, -(-height // stride), -(-width // stride), features, seed=2)
@@ -143,7 +162,7 @@ def pick(tree, axis, i):
     return tree if axis is None else jax.tree.map(lambda a: a[i], tree)
 
 
-def test_network_of_all_layers_has_the_plain_gradients():
+def test_network_of_all_layers_has_the_plain_gradients(form):
     assert_close(jitted_step(*images_and_weights()), jax.jit(jax.value_and_grad(plain, (0, 1)))(*images_and_weights()))
 
 
@@ -202,7 +221,7 @@ def test_float64():
         assert_close(jitted_step(x, weights), jax.jit(jax.value_and_grad(plain, (0, 1)))(x, weights), 1e-12)
 
 
-def test_hessian_vector_product():
+def test_hessian_vector_product(form):
     x, weights = images_and_weights()
     tangent = jax.tree.map(jnp.ones_like, weights)
 
@@ -241,7 +260,7 @@ def test_batch_norm_keeps_pytorch_statistics():
     np.testing.assert_allclose(norm.apply(after, x, train=False).reshape(-1, 6), expected, rtol=0, atol=1e-5)
 
 
-def test_batch_variance_does_not_cancel():
+def test_batch_variance_does_not_cancel(form):
     x = 1000 + random(64, 4, 4, 3)
     _, mean, var = batch_norm(x, jnp.ones(3), jnp.zeros(3), None, False)
     flat = np.asarray(x, np.float64).reshape(-1, 3)

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
+from jaxunlearn.models import native
 from jaxunlearn.models.batching import outlined, seedwise
 from jaxunlearn.models.reductions import sum_over_rows
 
@@ -35,6 +37,25 @@ def batch_norm(x: Array, scale: Array, bias: Array, residual: Array | None, relu
 
 def _forward(
     x: Array, scale: Array, bias: Array, residual: Array | None = None, *, relu: bool
+) -> tuple[Array, Array, Array]:
+    xla_form = partial(_xla_forward, relu=relu)
+    if not native.usable(x, scale, bias):
+        return xla_form(x, scale, bias, residual)
+    if residual is not None:
+        return native.call("normalise", x, scale, bias, residual, like=xla_form, **_options(True, relu))
+
+    def like(x: Array, scale: Array, bias: Array, _: Array) -> tuple[Array, Array, Array]:
+        return xla_form(x, scale, bias, None)
+
+    return native.call("normalise", x, scale, bias, x, like=like, **_options(False, relu))
+
+
+def _options(add: bool, relu: bool) -> dict[str, Any]:
+    return {"add": np.bool_(add), "relu": np.bool_(relu), "eps": np.float32(EPS)}
+
+
+def _xla_forward(
+    x: Array, scale: Array, bias: Array, residual: Array | None, *, relu: bool
 ) -> tuple[Array, Array, Array]:
     count = x.size // x.shape[-1]
     axes = tuple(range(x.ndim - 1))
@@ -70,7 +91,21 @@ def _batch_norm_bwd(
 batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
 
 
-def _backward(
+def _backward(*arrays: Array, relu: bool, alone: bool) -> tuple[Array, Array, Array, Array | None]:
+    """Arguments and results as of `_xla_backward`."""
+    x, _, scale, *_, g, _, _ = arrays
+    if not native.usable(x, scale, g):
+        return _xla_backward(*arrays, relu=relu, alone=alone)
+
+    def like(*arrays: Array) -> tuple[Array, ...]:
+        dx, dscale, dbias, dresidual = _xla_backward(*arrays, relu=relu, alone=alone)
+        return dx, dscale, dbias, jnp.zeros(0, g.dtype) if dresidual is None else dresidual
+
+    dx, dscale, dbias, dresidual = native.call("normalise_gradient", *arrays, like=like, **_options(not alone, relu))
+    return dx, dscale, dbias, None if alone else dresidual
+
+
+def _xla_backward(
     x: Array,
     y: Array,
     scale: Array,
