@@ -83,6 +83,12 @@ def test_nan_stays_nan():
 
 
 @needs_compiler
+def test_denormals_are_flushed_as_xla_flushes_them():
+    tiny = 1e-20
+    assert jnp.max(conv2d(tiny * x, tiny * kernel)) == jnp.max(jax.jit(jnp.multiply)(tiny * x, tiny)) == 0
+
+
+@needs_compiler
 def test_bits_do_not_depend_on_the_number_of_threads():
     one, three = start(NPROC="1"), start(NPROC="3")
     assert one[0] and one == three

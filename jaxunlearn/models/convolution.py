@@ -132,9 +132,9 @@ def _xla_kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups:
 
 
 def _is_native(kernel: Array, groups: int) -> bool:
-    """Whether this package's own kernel convolves faster than XLA's products of matrices do.
+    """Whether the compiled kernel is faster than the forms of `_xla_forward`.
 
-    Two cores, with XLA's or Winograd's form behind: 3x3, 16 channels of 32x32: 1.7 ms, 2.9; 32 of 16x16: 1.2, 2.3; 64
+    Two cores, theirs behind: 3x3, 16 channels of 32x32: 1.7 ms, 2.9; 32 of 16x16: 1.2, 2.3; 64
     of 8x8: 1.2, 1.3; 64 of 32x32: 19.0, 18.0; 64 to 128 of 16x16: 9.3, 8.2. 1x1 on 32x32, 16 to 96: 1.5, 5.1; 24 to
     144: 2.7, 7.5; 32 on 16x16 to 192: 1.1, 1.0.
     """
