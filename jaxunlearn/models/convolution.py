@@ -86,16 +86,16 @@ def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int)
         if _is_native_depthwise(groups):
             xla_form = partial(depthwise.input_gradient, shape=x.shape[1:3], stride=stride)
             return native.call("depthwise", g, kernel, like=xla_form, **_options(stride, spread=True))
-        exchanged = kernel.transpose(0, 1, 3, 2)
-        if stride == 1 and _is_native(exchanged, groups):
-            return _forward(g, exchanged[::-1, ::-1], 1, 1)
+        if _is_native(kernel.transpose(0, 1, 3, 2), groups):
+            xla_form = partial(_spread_conv, shape=x.shape[1:3], stride=stride)
+            return native.call("convolve_spread", g, _turned(kernel), like=xla_form, **_options(stride))
     if on_cpu():
         if groups > 1:
             return depthwise.input_gradient(g, kernel, x.shape[1:3], stride)
         if _is_wide(kernel, stride):
             return winograd.input_gradient(g, kernel)
         if kernel.shape[0] > 1 and x.shape[1] > 2:
-            return _input_gradient_conv(g, kernel, x.shape[1:3], stride)
+            return _spread_conv(g, _turned(kernel), x.shape[1:3], stride)
     return jax.vjp(lambda x: _xla_forward(x, kernel, stride, groups), x)[1](g)[0]
 
 
@@ -154,18 +154,23 @@ def _is_wide(kernel: Array, stride: int) -> bool:
     return size == 3 and stride == 1 and min(channels) >= 64 and kernel.dtype.itemsize >= 4
 
 
-def _input_gradient_conv(g: Array, kernel: Array, shape: tuple[int, ...], stride: int) -> Array:
-    """The convolution of `g`, spread out by `stride`, with the kernel turned by half a circle.
+def _turned(kernel: Array) -> Array:
+    """By half a circle, channels and features exchanged."""
+    return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+
+
+def _spread_conv(g: Array, turned: Array, shape: tuple[int, ...], stride: int) -> Array:
+    """The input gradient: the convolution of `g`, spread out by `stride`, with the turned kernel.
 
     Written out because XLA brings a convolution to the layout of the CPU's fast path in the entry computation only:
     lax's own gradient, in another layout, is 9 times slower inside `lax.scan` and `lax.cond`.
     """
-    size = kernel.shape[0]
+    size = turned.shape[0]
     low = size - 1 - size // 2
     padding = [(low, n + size - 2 - low - (m - 1) * stride) for n, m in zip(shape, g.shape[1:3], strict=True)]
     return lax.conv_general_dilated(
         g,
-        kernel[::-1, ::-1].transpose(0, 1, 3, 2),
+        turned,
         (1, 1),
         padding,
         lhs_dilation=(stride, stride),

@@ -30,6 +30,7 @@ SOURCES = Path(__file__).parent / "kernels"
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-w")
 KERNELS = (
     "convolve",
+    "convolve_spread",
     "convolution_kernel_gradient",
     "depthwise",
     "depthwise_kernel_gradient",

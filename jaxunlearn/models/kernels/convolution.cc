@@ -51,41 +51,69 @@ struct Shape {
   size_t kernel() const { return (size_t)size * size * channels * features; }
 };
 
-// P pixels of N vectors of features. `x`: the padded image where the first pixel's window begins.
+// A grid of windows of `rows` times `taps` floats, and of pixels that their products with a kernel go to. All else is
+// distances: between rows of a window, windows side by side and one below the other, pixels likewise.
+struct Grid {
+  int height, width, features, rows, taps;
+  size_t row, along, down, out_along, out_down;
+};
+
+// P pixels of N vectors of features.
 template <class V, int P, int N>
-inline void ConvolveTile(const Shape& s, const float* x, const float* kernel, float* out) {
+inline void ConvolveTile(const Grid& s, const float* x, const float* kernel, float* out) {
   constexpr int kLanes = sizeof(V) / sizeof(float);
-  int step = s.stride * s.channels, taps = s.size * s.channels;
   V sum[P][N] = {};
-  for (int i = 0; i < s.size; i++, x += s.row()) {
-    for (int t = 0; t < taps; t++, kernel += s.features) {
+  for (int i = 0; i < s.rows; i++, x += s.row) {
+    for (int t = 0; t < s.taps; t++, kernel += s.features) {
       V k[N];
       for (int n = 0; n < N; n++) k[n] = Load<V>(kernel + n * kLanes);
 #pragma GCC unroll 16
       for (int p = 0; p < P; p++) {
-        float value = x[p * step + t];
+        float value = x[p * s.along + t];
 #pragma GCC unroll 2
         for (int n = 0; n < N; n++) sum[p][n] += value * k[n];
       }
     }
   }
   for (int p = 0; p < P; p++)
-    for (int n = 0; n < N; n++) Store(out + (size_t)p * s.features + n * kLanes, sum[p][n]);
+    for (int n = 0; n < N; n++) Store(out + p * s.out_along + n * kLanes, sum[p][n]);
+}
+
+// P pixels of one vector of features where windows of three pixels overlap: every float of the image that is read serves
+// three of them. With one vector, the tile above must read one for each multiplication.
+template <class V, int P>
+inline void ConvolveOverlapping(const Grid& s, const float* x, const float* kernel, float* out) {
+  V sum[P] = {};
+  size_t channels = s.along, tap = channels * s.features;
+  for (int i = 0; i < s.rows; i++, x += s.row, kernel += 2 * tap) {
+    for (size_t c = 0; c < channels; c++, kernel += s.features) {
+      V k[3] = {Load<V>(kernel), Load<V>(kernel + tap), Load<V>(kernel + 2 * tap)};
+#pragma GCC unroll 18
+      for (int q = 0; q < P + 2; q++) {
+        V value = x[q * channels + c] - V{};
+        if (q < P) sum[q] += value * k[0];
+        if (q >= 1 && q <= P) sum[q - 1] += value * k[1];
+        if (q >= 2) sum[q - 2] += value * k[2];
+      }
+    }
+  }
+  for (int p = 0; p < P; p++) Store(out + p * s.out_along, sum[p]);
 }
 
 template <class V, int N>
-void ConvolveColumns(const Shape& s, const float* padded, const float* kernel, float* out) {
-  constexpr int kPixels = kAccumulators / N;
-  int step = s.stride * s.channels;
-  for (int y = 0; y < s.out_height; y++) {
-    const float* x = padded + y * s.stride * s.row();
-    float* to = out + (size_t)y * s.out_width * s.features;
+void ConvolveColumns(const Grid& s, const float* x, const float* kernel, float* out) {
+  for (int y = 0; y < s.height; y++, x += s.down, out += s.out_down) {
     int p = 0;
     auto tiles = [&]<int P>() {
-      for (; p + P <= s.out_width; p += P)
-        ConvolveTile<V, P, N>(s, x + (size_t)p * step, kernel, to + (size_t)p * s.features);
+      for (; p + P <= s.width; p += P) {
+        const float* from = x + p * s.along;
+        if (N == 1 && P > 4 && s.taps == 3 * (int)s.along)
+          ConvolveOverlapping<V, P>(s, from, kernel, out + p * s.out_along);
+        else
+          ConvolveTile<V, P, N>(s, from, kernel, out + p * s.out_along);
+      }
     };
-    tiles.template operator()<kPixels>();
+    tiles.template operator()<kAccumulators / N>();
     tiles.template operator()<4>();
     tiles.template operator()<1>();
   }
@@ -101,15 +129,64 @@ void ForFeatures(int features, F columns) {
   for (; f + 8 <= features; f += 8) columns.template operator()<Vec8, 1>(f);
 }
 
+void ConvolveGrid(const Grid& grid, const float* x, const float* kernel, float* out) {
+  ForFeatures(grid.features, [&]<class V, int N>(int f) { ConvolveColumns<V, N>(grid, x, kernel + f, out + f); });
+}
+
 ffi::Error Convolve(ffi::ThreadPool pool, int64_t stride, Array x, Array kernel, Result y) {
   Shape s(x, y->dimensions(), kernel.dimensions()[0], stride);
+  Grid grid{s.out_height, s.out_width, s.features, s.size, s.size * s.channels, s.row(),
+            (size_t)s.stride * s.channels, s.stride * s.row(), (size_t)s.features, (size_t)s.out_width * s.features};
   const float *images = x.typed_data(), *weights = kernel.typed_data();
   float* out = y->typed_data();
   ParallelFor(pool, s.batch, [=](int b) {
     const float* padded = Pad(images + b * s.image(), s.height, s.width, s.channels, s.pad());
-    ForFeatures(s.features, [&]<class V, int N>(int f) {
-      ConvolveColumns<V, N>(s, padded, weights + f, out + b * s.out() + f);
-    });
+    ConvolveGrid(grid, padded, weights, out + b * s.out());
+  });
+  return ffi::Error::Success();
+}
+
+// The convolution of `x` with its pixels spread out by `stride`, zeros between them. Pixels of the output whose
+// coordinates are alike modulo `stride` see the same taps: each such phase is a convolution of `x` as it is.
+ffi::Error ConvolveSpread(ffi::ThreadPool pool, int64_t stride, Array x, Array kernel, Result y) {
+  Shape s(x, y->dimensions(), kernel.dimensions()[0], stride);
+  struct Phase {
+    Grid grid;
+    size_t from, to;  // of its first window and pixel
+    std::vector<float> kernel;
+  };
+  struct Along {
+    int first, count, shift;  // taps, and the pixel of `x` that the first meets, from the output's divided by stride
+    Along(int phase, int size, int stride) {
+      int before = size - 1 - size / 2;
+      first = ((before - phase) % stride + stride) % stride;
+      count = (size - first + stride - 1) / stride;
+      shift = (phase + first - before) / stride;
+    }
+  };
+  std::vector<Phase> phases;
+  int tap = s.channels * s.features;
+  for (int a = 0; a < std::min(s.stride, s.out_height); a++)
+    for (int b = 0; b < std::min(s.stride, s.out_width); b++) {
+      Along down(a, s.size, s.stride), along(b, s.size, s.stride);
+      Grid grid{(s.out_height - a + s.stride - 1) / s.stride, (s.out_width - b + s.stride - 1) / s.stride, s.features,
+                down.count, along.count * s.channels, s.row(), (size_t)s.channels, s.row(),
+                (size_t)s.stride * s.features, (size_t)s.stride * s.out_width * s.features};
+      Phase phase{grid, (s.pad() + down.shift) * s.row() + (size_t)(s.pad() + along.shift) * s.channels,
+                  ((size_t)a * s.out_width + b) * s.features, {}};
+      for (int i = down.first; i < s.size; i += s.stride)
+        for (int j = along.first; j < s.size; j += s.stride) {
+          const float* from = kernel.typed_data() + (size_t)(i * s.size + j) * tap;
+          phase.kernel.insert(phase.kernel.end(), from, from + tap);
+        }
+      phases.push_back(std::move(phase));
+    }
+  const float* images = x.typed_data();
+  float* out = y->typed_data();
+  ParallelFor(pool, s.batch, [=, &phases](int b) {
+    const float* padded = Pad(images + b * s.image(), s.height, s.width, s.channels, s.pad());
+    for (const Phase& phase : phases)
+      ConvolveGrid(phase.grid, padded + phase.from, phase.kernel.data(), out + b * s.out() + phase.to);
   });
   return ffi::Error::Success();
 }
@@ -166,5 +243,6 @@ ffi::Error ConvolutionKernelGradient(ffi::ThreadPool pool, int64_t stride, Array
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve, Convolve, STRIDED.Arg<Array>().Arg<Array>().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve_spread, ConvolveSpread, STRIDED.Arg<Array>().Arg<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_kernel_gradient, ConvolutionKernelGradient,
                               STRIDED.Arg<Array>().Arg<Array>().Ret<Array>());

@@ -18,6 +18,29 @@ void SumOfProducts(int n, const float* const* from, const float* const* kernel, 
   }
 }
 
+constexpr int kRun = 4;
+
+// The same for 3x3 and a run of pixels side by side, of stride 1 and away from the border: what is read serves three of
+// them. row[i]: where the first window's row i begins, null where it is outside. kernel[i]: its three taps.
+void SumOfRun(const float* const row[3], const float* const kernel[3], ptrdiff_t tap, int channels, float* to) {
+  for (int c = 0; c + 16 <= channels; c += 16) {
+    Vec16 sum[kRun] = {};
+    for (int i = 0; i < 3; i++) {
+      if (!row[i]) continue;
+      const float* k = kernel[i] + c;
+      Vec16 first = Load<Vec16>(k), second = Load<Vec16>(k + tap), third = Load<Vec16>(k + 2 * tap);
+#pragma GCC unroll 6
+      for (int q = 0; q < kRun + 2; q++) {
+        Vec16 value = Load<Vec16>(row[i] + (size_t)q * channels + c);
+        if (q < kRun) sum[q] += value * first;
+        if (q >= 1 && q <= kRun) sum[q - 1] += value * second;
+        if (q >= 2) sum[q - 2] += value * third;
+      }
+    }
+    for (int p = 0; p < kRun; p++) Store(to + (size_t)p * channels + c, sum[p]);
+  }
+}
+
 // With `spread` the gradient with respect to the input: `x` is then the output's gradient, `y` the input's.
 ffi::Error Depthwise(ffi::ThreadPool pool, int64_t stride, bool spread, Array x, Array kernel, Result y) {
   auto in = x.dimensions(), out = y->dimensions();
@@ -35,8 +58,23 @@ ffi::Error Depthwise(ffi::ThreadPool pool, int64_t stride, bool spread, Array x,
     std::vector<const float*> seen(size * size), taps(size * size);
     const float* image = from + (size_t)b * height * width * channels;
     float* pixel = to + (size_t)b * out_height * out_width * channels;
-    for (int oy = 0; oy < out_height; oy++)
+    bool runs = size == 3 && stride == 1 && channels % 16 == 0;
+    for (int oy = 0; oy < out_height; oy++) {
+      const float *rows[3], *kernels[3];
+      for (int i = 0; i < 3 && runs; i++) {
+        int iy = oy + i - 1;
+        rows[i] = iy < 0 || iy >= height ? nullptr : image + (size_t)iy * width * channels;
+        kernels[i] = weights + (size_t)(spread ? 8 - 3 * i : 3 * i) * channels;
+      }
       for (int ox = 0; ox < out_width; ox++, pixel += channels) {
+        if (runs && ox > 0 && ox + kRun < out_width) {
+          const float* from[3];
+          for (int i = 0; i < 3; i++) from[i] = rows[i] ? rows[i] + (size_t)(ox - 1) * channels : nullptr;
+          SumOfRun(from, kernels, spread ? -channels : channels, channels, pixel);
+          ox += kRun - 1;
+          pixel += (size_t)(kRun - 1) * channels;
+          continue;
+        }
         int n = 0;
         for (int i = 0; i < size; i++)
           for (int j = 0; j < size; j++) {
@@ -47,8 +85,23 @@ ffi::Error Depthwise(ffi::ThreadPool pool, int64_t stride, bool spread, Array x,
           }
         SumOfProducts(n, seen.data(), taps.data(), channels, pixel);
       }
+    }
   });
   return ffi::Error::Success();
+}
+
+// gradient[j] += sum over p < count of x[p * step + j pixels] * g[p], j < 3.
+void AddThree(const float* x, size_t step, const float* g, int count, int channels, float* gradient) {
+  for (int c = 0; c < channels; c += 16) {
+    Vec16 sum[3];
+    for (int j = 0; j < 3; j++) sum[j] = Load<Vec16>(gradient + (size_t)j * channels + c);
+    for (int p = 0; p < count; p++) {
+      const float* seen = x + p * step + c;
+      Vec16 value = Load<Vec16>(g + (size_t)p * channels + c);
+      for (int j = 0; j < 3; j++) sum[j] += value * Load<Vec16>(seen + (size_t)j * channels);
+    }
+    for (int j = 0; j < 3; j++) Store(gradient + (size_t)j * channels + c, sum[j]);
+  }
 }
 
 ffi::Error DepthwiseKernelGradient(ffi::ThreadPool pool, int64_t stride, Array x, Array g, Result gradient) {
@@ -64,22 +117,23 @@ ffi::Error DepthwiseKernelGradient(ffi::ThreadPool pool, int64_t stride, Array x
           int iy = oy * stride + i - pad;
           if (iy < 0 || iy >= height) continue;
           const float* row = images + ((size_t)b * height + iy) * width * channels;
+          float* to = sums + (size_t)i * size * channels;
+          // Output pixels whose windows' columns j lie all in the image: what is read of `g` serves three columns.
+          int inner = (pad + (int)stride - 1) / (int)stride, outer = (width - 1 - pad) / (int)stride;
+          bool whole = size == 3 && channels % 16 == 0 && width > pad && inner <= outer;
+          if (whole) AddThree(row + (inner * stride - 1) * channels, stride * channels, from + inner * channels,
+                              outer - inner + 1, channels, to);
           for (int j = 0; j < size; j++) {
             if (width - 1 + pad - j < 0) continue;
-            float* to = sums + (size_t)(i * size + j) * channels;
             int first = std::max(0, (pad - j + (int)stride - 1) / (int)stride);
             int last = std::min(out_width - 1, (width - 1 + pad - j) / (int)stride);
-            auto add = [&]<class V>(int c) {
-              V sum = Load<V>(to + c);
-              for (int ox = first; ox <= last; ox++) {
-                const float* seen = row + (size_t)(ox * stride + j - pad) * channels;
-                sum += Load<V>(seen + c) * Load<V>(from + (size_t)ox * channels + c);
-              }
-              Store(to + c, sum);
-            };
-            int c = 0;
-            for (; c + 16 <= channels; c += 16) add.template operator()<Vec16>(c);
-            for (; c < channels; c++) add.template operator()<float>(c);
+            for (int ox = first; ox <= last; ox++) {
+              if (whole && ox == inner) ox = outer + 1;
+              if (ox > last) break;
+              const float *seen = row + (size_t)(ox * stride + j - pad) * channels, *g = from + (size_t)ox * channels;
+#pragma GCC ivdep
+              for (int c = 0; c < channels; c++) to[(size_t)j * channels + c] += seen[c] * g[c];
+            }
           }
         }
       }
