@@ -48,15 +48,18 @@ def usable(*arrays: Array) -> bool:
     return alone and library() is not None
 
 
-def call(kernel: str, *arrays: Array, like: Callable[..., Any], **options: Any) -> Any:
+def call(
+    kernel: str, *arrays: Array, like: Callable[..., Any], into: dict[int, int] | None = None, **options: Any
+) -> Any:
     """`like(*arrays)` by one of `KERNELS`, once `usable` has said yes.
 
     Args:
       like: the same in JAX: gives the results' shapes, and the derivative.
+      into: the results that may take the place of an argument that is not needed afterwards, {argument: result}.
       options: numpy scalars, of the types that the kernel reads.
     """
     results = jax.eval_shape(like, *arrays)
-    run = jax.ffi.ffi_call(f"{library()}_{kernel}", results, vmap_method="sequential")
+    run = jax.ffi.ffi_call(f"{library()}_{kernel}", results, vmap_method="sequential", input_output_aliases=into)
     called = jax.custom_jvp(lambda *arrays: run(*arrays, **options))
     called.defjvp(lambda primals, tangents: jax.jvp(like, primals, tangents))
     return called(*arrays)

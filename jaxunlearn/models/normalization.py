@@ -101,7 +101,9 @@ def _backward(*arrays: Array, relu: bool, alone: bool) -> tuple[Array, Array, Ar
         dx, dscale, dbias, dresidual = _xla_backward(*arrays, relu=relu, alone=alone)
         return dx, dscale, dbias, jnp.zeros(0, g.dtype) if dresidual is None else dresidual
 
-    dx, dscale, dbias, dresidual = native.call("normalise_gradient", *arrays, like=like, **_options(not alone, relu))
+    # Into the place of `g`, which is in the cache: the result would be fetched from memory before it is written.
+    into, options = {5: 0 if alone else 3}, _options(not alone, relu)
+    dx, dscale, dbias, dresidual = native.call("normalise_gradient", *arrays, like=like, into=into, **options)
     return dx, dscale, dbias, None if alone else dresidual
 
 
