@@ -49,20 +49,32 @@ def usable(*arrays: Array) -> bool:
 
 
 def call(
-    kernel: str, *arrays: Array, like: Callable[..., Any], into: dict[int, int] | None = None, **options: Any
+    kernel: str,
+    *arrays: Array,
+    like: Callable[..., Any],
+    shape: tuple[int, ...] = (),
+    into: dict[int, int] | None = None,
+    **options: Any,
 ) -> Any:
     """`like(*arrays)` by one of `KERNELS`, once `usable` has said yes.
 
     Args:
       like: the same in JAX: gives the results' shapes, and the derivative.
+      shape: what tells apart calls whose results differ although arguments and options are alike.
       into: the results that may take the place of an argument that is not needed afterwards, {argument: result}.
       options: numpy scalars, of the types that the kernel reads.
     """
-    results = jax.eval_shape(like, *arrays)
-    run = jax.ffi.ffi_call(f"{library()}_{kernel}", results, vmap_method="sequential", input_output_aliases=into)
+    key = (kernel, shape, *options.values(), *map(jax.typeof, arrays))
+    if key not in _RESULTS:
+        _RESULTS[key] = jax.eval_shape(like, *arrays)
+    run = jax.ffi.ffi_call(f"{library()}_{kernel}", _RESULTS[key], vmap_method="sequential", input_output_aliases=into)
     called = jax.custom_jvp(lambda *arrays: run(*arrays, **options))
     called.defjvp(lambda primals, tangents: jax.jvp(like, primals, tangents))
     return called(*arrays)
+
+
+# By call: tracing `like` anew for every layer of every program took 40% of all tracing, 4 s of MobileNetV2's 10.
+_RESULTS: dict[Any, Any] = {}
 
 
 @functools.cache
