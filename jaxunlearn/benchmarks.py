@@ -147,6 +147,8 @@ def validate(protocol: Protocol, num_classes: int) -> None:
         raise UserError(
             f"forget class {protocol.forget_class} does not exist: {protocol.dataset} has 0 to {num_classes - 1}"
         )
+    if not isinstance(protocol.train_limit, int | None):
+        raise UserError(f"train_limit is {protocol.train_limit!r}: it must be a whole number")
     if protocol.train_limit is not None and protocol.train_limit < num_classes:
         raise UserError(
             f"train_limit is {protocol.train_limit}: {protocol.dataset} needs at least {num_classes}, one image a class"

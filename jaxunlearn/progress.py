@@ -10,9 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from jaxunlearn.loop import Report
-
 REFRESH_SECONDS = 1.0  # how often a value is read from the device
+
+# (steps of the epoch that are done, metrics [S, steps] of the last ones, ready)
+Report = Callable[[int, dict[str, Any]], None]
 
 
 class Reporter:

@@ -17,19 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxunlearn import records
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images
+from jaxunlearn.devices.configuration import request_devices
+from jaxunlearn.devices.sharding import make_mesh, place_shared
 from jaxunlearn.errors import UserError
-from jaxunlearn.loop import Timing, scans
-from jaxunlearn.methods import BASELINES, get_method
 from jaxunlearn.models import build
 from jaxunlearn.models.layers import Conv, Linear
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.sharding import make_mesh, place_shared, request_devices
-from jaxunlearn.training import Pretraining
-from jaxunlearn.unlearning import Split, Unlearning
+from jaxunlearn.registry import BASELINES, get_method
+from jaxunlearn.results.environment import environment
+from jaxunlearn.training.loop import Timing, scans
+from jaxunlearn.training.pretraining import Pretraining
+from jaxunlearn.training.unlearning import Split, Unlearning
 
 PRETRAIN = "pretrain"
 # SCRUB takes two steps of Adam in its first epochs and one later: the second name stands for the first epochs.
@@ -128,7 +129,7 @@ def serve(connection: Connection, protocol: Protocol, num_classes: int, num_seed
             "peak_memory_gib": peak_memory(),
             "matmul_gflops": rate / 1e9,
             "multiply_adds": multiply_adds(protocol, num_classes),
-            "environment": records.environment() | {"device_count": mesh.size},
+            "environment": environment() | {"device_count": mesh.size},
         }
 
     bursts = {PRETRAIN: (steps, burst(PRETRAIN, pretraining, 0))}

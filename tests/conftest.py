@@ -23,3 +23,9 @@ def tiny_models():
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     del MODELS[TINY], MODELS[PLAIN]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where the processes that the tests of one file start keep their compiled programs."""
+    return tmp_path_factory.mktemp("xla")

@@ -8,8 +8,8 @@ from pathlib import Path
 from orbax.checkpoint import PyTreeCheckpointer
 from tiny_bench import NAME
 
-from jaxunlearn.checkpoints import Entry
-from jaxunlearn.metrics import METRICS
+from jaxunlearn.evaluation.metrics import METRICS
+from jaxunlearn.training.checkpoints import Entry
 
 METHODS = ("scrub",)
 STEPS = 320 // 16  # an epoch of pretraining; of unlearning 18

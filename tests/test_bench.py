@@ -3,7 +3,6 @@
 import dataclasses
 import gzip
 import hashlib
-import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from tiny import PROTOCOL
 
 from jaxunlearn import benchmarks
+from jaxunlearn.commands.main import main
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -24,9 +24,6 @@ TINY = dataclasses.replace(PROTOCOL, batch_size=64, pretrain_epochs=2, unlearn_e
 @pytest.fixture
 def bench(tmp_path, monkeypatch, capsys):
     """Runs the command line in an empty folder: (status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "scripts" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setitem(benchmarks.BENCHMARKS, BENCH, TINY)
     monkeypatch.setitem(benchmarks.BENCHMARKS, FASHION, dataclasses.replace(TINY, dataset="fashion_mnist"))
     monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
@@ -35,7 +32,7 @@ def bench(tmp_path, monkeypatch, capsys):
     before = {name: getattr(jax.config, name) for name in settings}
 
     def run(*arguments):
-        status = module.main([*arguments, "--cache-dir", "cache"])
+        status = main(["bench", *arguments, "--cache-dir", "cache"])
         return status, *capsys.readouterr()
 
     yield run

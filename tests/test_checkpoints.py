@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 from orbax.checkpoint import Checkpointer
 
-from jaxunlearn import checkpoints
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, get_benchmark
-from jaxunlearn.checkpoints import Position, Saved, discard, load_together, locked, pretrain_entry, save_together
-from jaxunlearn.methods import get_method
+from jaxunlearn.registry import get_method
+from jaxunlearn.training import checkpoints
+from jaxunlearn.training.checkpoints import (
+    Position,
+    Saved,
+    discard,
+    load_together,
+    locked,
+    pretrain_entry,
+    save_together,
+)
 
 # Orbax reads the arrays of a checkpoint at once; where one fails, the others come back to an event loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_bench import BENCH, bench
 
-from jaxunlearn import files, runs, sharding
+from jaxunlearn import files
+from jaxunlearn.devices import configuration
 from jaxunlearn.errors import LONGEST, one_line
-from jaxunlearn.methods import parse_value
-from jaxunlearn.tables import summarize
+from jaxunlearn.registry import parse_value
+from jaxunlearn.results.tables import summarize
+from jaxunlearn.runs import running
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 __all__ = ["bench", "inside"]  # fixtures
@@ -27,7 +29,7 @@ RULE = (
 @pytest.fixture
 def ready(bench, inside, monkeypatch):
     """Runs the command line up to where training would start: 0 or 2, and what the contract says of each."""
-    monkeypatch.setattr(runs.Run, "results", lambda run: iter(()))
+    monkeypatch.setattr(running, "results", lambda run: iter(()))
     (inside / "file").touch()
     (inside / "nowhere").symlink_to("absent")
     (inside / "mine.py").write_text(RULE)
@@ -120,7 +122,7 @@ def test_records_of_a_name_that_is_too_long(ready):
 
 def test_no_more_threads_than_a_machine_has_devices(monkeypatch):
     monkeypatch.setattr(os, "environ", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
-    sharding.request_devices(10**8)  # XLA died of as many, before it could say that there are fewer devices
+    configuration.request_devices(10**8)  # XLA died of as many, before it could say that there are fewer devices
     assert int(os.environ["NPROC"]) <= 4 * 256
 
 

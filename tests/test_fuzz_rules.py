@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_methods import context
 
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods import build_rule, get_method
-from jaxunlearn.unlearning import check_rule
+from jaxunlearn.registry import build_rule, get_method
+from jaxunlearn.training.unlearning import check_rule
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 __all__ = ["inside"]  # a fixture
@@ -158,7 +158,8 @@ def test_rules_that_would_fail_after_pretraining(body, result, message, inside):
     (inside / "mine.py").write_text(LOSS.format("", "", body, result))
     method = get_method("mine.py")
     with pytest.raises(UserError, match=message):
-        check_rule(method, build_rule(method, context()), context(), [(4, 3)])
+        for sizes in ([(4, 4)], [(4, 3)]):  # as in a run: before the data is read, then with the batches that it makes
+            check_rule(method, build_rule(method, context()), context(), sizes)
 
 
 def test_a_keyboard_interrupt_stays_one(inside):

@@ -7,11 +7,11 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxunlearn.models import native, winograd
-from jaxunlearn.models.convolution import conv2d
 from jaxunlearn.models.layers import BatchNorm
-from jaxunlearn.models.normalization import EPS, batch_norm
-from jaxunlearn.models.pooling import max_pool
+from jaxunlearn.ops import native, winograd
+from jaxunlearn.ops.convolution import conv2d
+from jaxunlearn.ops.normalization import EPS, batch_norm
+from jaxunlearn.ops.pooling import max_pool
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny import counted_reads, mesh_of
 
-from jaxunlearn import loop
+from jaxunlearn.devices.sharding import place_seeds, place_shared
 from jaxunlearn.errors import UserError
-from jaxunlearn.loop import Chunk, EpochLoop, Timing, batch_sizes, chunks
-from jaxunlearn.sharding import place_seeds, place_shared
+from jaxunlearn.training import loop
+from jaxunlearn.training.loop import Chunk, EpochLoop, Timing, batch_sizes, chunks
 
 NUMBERS = np.random.default_rng(0).normal(size=14).astype(np.float32)
 FACTORS = np.array([2.0, -3.0], np.float32)

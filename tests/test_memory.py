@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from jaxunlearn.memory import KEEP
+from jaxunlearn.devices.memory import KEEP
 
 SCRIPT = """
 import os, sys
-from jaxunlearn.memory import restart_with_memory_kept
+from jaxunlearn.devices.memory import restart_with_memory_kept
 print("start", flush=True)
 restart_with_memory_kept()
 print(os.environ["GLIBC_TUNABLES"], sys.argv[1:], sys.flags.optimize)

@@ -10,10 +10,10 @@ import optax
 import pytest
 from tiny import CLASSES, PLAIN, PROTOCOL, assert_close, assert_differ, host_models, make_batch
 
-from jaxunlearn.methods import BASELINES, RETRAIN, build_rule, get_method, names
 from jaxunlearn.methods.rule import RuleState, Student, init_state
 from jaxunlearn.models.network import make_network
-from jaxunlearn.unlearning import make_context
+from jaxunlearn.registry import BASELINES, RETRAIN, build_rule, get_method, names
+from jaxunlearn.training.unlearning import make_context
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 every_rule = pytest.mark.parametrize("name", names())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from jaxunlearn import metrics
+from jaxunlearn.evaluation import metrics
 
 
 def pairs_auc(members, non_members):

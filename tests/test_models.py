@@ -169,8 +169,8 @@ def real(name: str, pattern: str, classes: int, protocol: Protocol):
     return dataset.test, load_weights(files[0], shapes(build(name, classes)))
 
 
-# The counts that PyTorch gets of the same files and pixels. (Of MobileNetV2 it has 8,577 where FashionMNIST is enlarged by
-# `interpolate` and rounded, which differs from Pillow's fixed point in single pixels.)
+# The counts that PyTorch gets of the same files and pixels. (Of MobileNetV2 it gets 8,577 where FashionMNIST is
+# enlarged by `interpolate` and rounded, which differs from Pillow's fixed point in single pixels.)
 @pytest.mark.parametrize(
     ("bench", "classes", "pattern", "retain", "forget"),
     [

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxunlearn.models import native
-from jaxunlearn.models.convolution import conv2d
-from jaxunlearn.models.normalization import batch_norm
+from jaxunlearn.ops import native
+from jaxunlearn.ops.convolution import conv2d
+from jaxunlearn.ops.normalization import batch_norm
 
 COMPILED = native.library() is not None
 needs_compiler = pytest.mark.skipif(not COMPILED, reason="needs a C++ compiler")
@@ -23,9 +23,9 @@ needs_compiler = pytest.mark.skipif(not COMPILED, reason="needs a C++ compiler")
 # Prints whether the kernels are there, and all bits of a convolution, a depthwise one, a BatchNorm and their gradients.
 SCRIPT = """
 import hashlib, jax, jax.numpy as jnp, numpy as np
-from jaxunlearn.models import native
-from jaxunlearn.models.convolution import conv2d
-from jaxunlearn.models.normalization import batch_norm
+from jaxunlearn.ops import native
+from jaxunlearn.ops.convolution import conv2d
+from jaxunlearn.ops.normalization import batch_norm
 random = lambda *shape: jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
 def loss(x, kernel, taps, scale):
     y, mean, var = batch_norm(conv2d(conv2d(x, kernel), taps, 1, 64), scale, scale, None, True)

@@ -2,11 +2,9 @@
 
 import dataclasses
 import functools
-import importlib.util
 import io
 import json
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -14,14 +12,15 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from tiny import PROTOCOL
 
+from jaxunlearn.commands.main import main
 from jaxunlearn.data.datasets import load
-from jaxunlearn.methods import BASELINES
 from jaxunlearn.models import MODELS
 from jaxunlearn.models.layers import BatchNorm, Conv, Linear
+from jaxunlearn.registry import BASELINES
 
 torch = pytest.importorskip("torch")
 
-from torch_reference import harness, models, parity, sides  # noqa: E402
+from jaxunlearn.torch_reference import harness, models, parity, sides  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 BENCH, STEPS = "resnet20-digits-class0", 4
@@ -210,14 +209,9 @@ def test_values_that_are_not_finite_are_out():
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
     """Runs the command line where no images are: (status, stdout, stderr)."""
-    path = Path(__file__).parent.parent / "scripts" / "parity.py"
-    spec = importlib.util.spec_from_file_location("parity_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return lambda *arguments: (module.main(arguments), *capsys.readouterr())
+    return lambda *arguments: (main(["parity", *arguments]), *capsys.readouterr())
 
 
 @pytest.mark.parametrize("ok", [True, False])
@@ -275,7 +269,7 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, said):
 
 
 def test_without_pytorch_it_says_what_to_install(script, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("torch_reference")]:
+    for name in [name for name in sys.modules if name.startswith("jaxunlearn.torch_reference")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     status, _, errors = script("--bench", BENCH)

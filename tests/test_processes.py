@@ -13,7 +13,7 @@ from jobs import Job
 from safetensors.numpy import load_file
 from tiny_bench import DIGITS, NAME, NAME_X64
 
-from jaxunlearn import processes
+from jaxunlearn.devices import processes
 from jaxunlearn.errors import UserError
 
 ONE_SEED = ("--seeds", "3")
@@ -37,16 +37,6 @@ class Pair:
     def start(self, **options):
         return [job.start(**options) for job in self.jobs]
 
-    def resume(self):
-        """Runs to the end; returns how far the checkpoints were at every moment of it."""
-        running, seen = self.start(), []
-        while None in [process.poll() for process in running]:
-            seen.append(self.jobs[0].progress())
-            time.sleep(0.01)
-        said = ends(running)
-        assert [code for code, *_ in said] == [0, 0], said
-        return seen
-
     def start_until_it_trains(self):
         running = self.start()
         while self.jobs[0].progress() < (0, DIGITS.pretrain_epochs // 4, 0):
@@ -55,10 +45,14 @@ class Pair:
         return running
 
     def finish(self, **options):
-        """Runs to the end; returns what the first said on stdout."""
-        said = ends(self.start(**options))
+        """Runs to the end; returns what the first said on stdout, and how far its checkpoints were at every moment."""
+        running, seen = self.start(**options), []
+        while None in [process.poll() for process in running]:
+            seen.append(self.jobs[0].progress())
+            time.sleep(0.01)
+        said = ends(running)
         assert [code for code, *_ in said] == [0, 0], said
-        return said[0][1]
+        return said[0][1], seen
 
 
 def ends(running):
@@ -66,11 +60,6 @@ def ends(running):
     with ThreadPoolExecutor(2) as pool:
         texts = list(pool.map(lambda process: process.communicate(timeout=120), running))
     return [(process.returncode, *text) for process, text in zip(running, texts, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("xla")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +72,7 @@ def alone(tmp_path_factory, compiled):
 
 def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, alone):
     pair = Pair(tmp_path, compiled, "--json")
-    out = pair.finish()
+    out, _ = pair.finish()
     assert len(out.splitlines()) == 2 and all(line.startswith('{"bench"') for line in out.splitlines())
     assert pair.jobs[0].outcome() == alone  # to the bit: seeds do not feel each other
     assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", "xla"}  # which the tests have made
@@ -125,7 +114,7 @@ def test_where_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_pat
     assert code not in (0, 2) and ("another process of this run has ended" in err or "another task died" in err)
     came_to = pair.jobs[0].progress()
     assert (0, 1, 0) <= came_to < (1, 0, 0)
-    assert min(pair.resume()[:20]) >= came_to  # it did not start again
+    assert min(pair.finish()[1][:20]) >= came_to  # it did not start again
     assert pair.jobs[0].outcome() == alone
 
 
@@ -137,7 +126,7 @@ def test_a_signal_to_one_process_stops_both_together(tmp_path, compiled, alone):
         assert code == 1 and "interrupted: the same command goes on from the last checkpoint" in err
     came_to = pair.jobs[0].progress()
     assert (0, 1, 0) <= came_to < (1, 0, 0)
-    assert min(pair.resume()[:20]) >= came_to
+    assert min(pair.finish()[1][:20]) >= came_to
     assert pair.jobs[0].outcome() == alone
 
 

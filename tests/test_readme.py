@@ -7,7 +7,7 @@ import jax
 import pytest
 from tiny import PROTOCOL, make_unlearning, mesh_of
 
-from jaxunlearn.methods import get_method
+from jaxunlearn.registry import get_method
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

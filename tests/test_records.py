@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxunlearn import records
 from jaxunlearn.errors import UserError
+from jaxunlearn.results import environment as environment_module
+from jaxunlearn.results import records
+from jaxunlearn.results.environment import environment
 
 PROTOCOL = {"pretrain_epochs": 80, "mean": (0.4914, 0.4822, 0.4465)}
 
@@ -116,7 +118,7 @@ def test_no_nan_on_disk(path, value):
 
 
 def test_environment():
-    found = records.environment()
+    found = environment()
     assert list(found) == ["versions", "device_kind", "device_count", "cpu", "git_commit"]
     assert found["versions"]["jax"] and found["versions"]["python"].startswith("3.")
     assert found["cpu"]["model"] and found["cpu"]["cores"] >= 1 and found["device_count"] >= 1
@@ -138,9 +140,9 @@ def test_git_commit(tmp_path, monkeypatch):
     git("add", "a.py")
     git("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "commit", "-m", "a")
     git("tag", "v1")
-    assert re.fullmatch(r"[0-9a-f]{40}", records._git_commit(tracked))
-    assert records._git_commit(stray) is None
+    assert re.fullmatch(r"[0-9a-f]{40}", environment_module._git_commit.__wrapped__(tracked))
+    assert environment_module._git_commit.__wrapped__(stray) is None
     tracked.write_text("x = 1\n")
-    assert re.fullmatch(r"[0-9a-f]{40}-dirty", records._git_commit(tracked))
+    assert re.fullmatch(r"[0-9a-f]{40}-dirty", environment_module._git_commit.__wrapped__(tracked))
     monkeypatch.setenv("PATH", "")
-    assert records._git_commit(tracked) is None
+    assert environment_module._git_commit.__wrapped__(tracked) is None

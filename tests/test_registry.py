@@ -7,7 +7,7 @@ from test_methods import FORGET, RETAIN, ce, context, forward, model
 from tiny import assert_close, assert_differ
 
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods import RETRAIN, build_rule, get_method, parse_value
+from jaxunlearn.registry import RETRAIN, build_rule, get_method, parse_value
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 

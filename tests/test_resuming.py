@@ -11,11 +11,6 @@ from tiny_bench import DIGITS, NAME
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("xla")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, compiled):
     """What each setup leaves when nothing happens; made once, which also compiles."""
     outcomes = {}

@@ -15,18 +15,22 @@ from orbax.checkpoint import Checkpointer
 from safetensors.numpy import load_file
 from tiny import PROTOCOL
 
-from jaxunlearn import benchmarks, resuming
-from jaxunlearn import records as records_module
+from jaxunlearn import benchmarks
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods import get_method
-from jaxunlearn.metrics import METRICS
+from jaxunlearn.evaluation.metrics import METRICS
 from jaxunlearn.models import torch_weights
 from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
-from jaxunlearn.resuming import Saving
-from jaxunlearn.runs import Request, Run, has_collapsed
-from jaxunlearn.training import Pretraining
-from jaxunlearn.unlearning import Unlearning
+from jaxunlearn.registry import get_method
+from jaxunlearn.results import records as records_module
+from jaxunlearn.runs import running
+from jaxunlearn.runs.preparation import prepare
+from jaxunlearn.runs.recording import has_collapsed
+from jaxunlearn.runs.request import Request
+from jaxunlearn.training import resuming
+from jaxunlearn.training.pretraining import Pretraining
+from jaxunlearn.training.resuming import Saving
+from jaxunlearn.training.unlearning import Unlearning
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -61,7 +65,7 @@ def request_of(folder, *, method="retain_finetune", settings=None, seeds=(42,), 
 
 
 def results(request):
-    return [record for record, _ in Run(request, QUIET).results()]
+    return [record for record, _ in running.results(prepare(request, QUIET))]
 
 
 def numbers(record):
@@ -280,7 +284,7 @@ def test_given_weights_replace_pretraining(tmp_path, monkeypatch):
     monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained"))
     request = request_of(tmp_path, seeds=(1, 2), init_weights=tmp_path / "w.npz")
     with pytest.raises(UserError, match="SHA-256 in the protocol go together"):  # without it, runs could be mixed up
-        Run(request, QUIET)
+        prepare(request, QUIET)
     request = dataclasses.replace(request, protocol=dataclasses.replace(DIGITS, init_weights="its hash"))
     first, second = results(request)
     assert first["before"] == second["before"] and first["timing"]["pretrain_s"] == 0
@@ -311,8 +315,8 @@ def test_a_diverged_run_says_so(tmp_path):
         "    return scale * cross_entropy(student(retain.images), retain.labels) * scale\n"
     )
     weights = tmp_path / "weights"
-    run = Run(request_of(tmp_path, method=str(rule), settings={"scale": "1e30"}, export_weights=weights), QUIET)
-    ((wild, warning),) = run.results()
+    request = request_of(tmp_path, method=str(rule), settings={"scale": "1e30"}, export_weights=weights)
+    ((wild, warning),) = running.results(prepare(request, QUIET))
     assert warning is not None and "diverged" in warning and not weights.exists()
     assert wild["status"] == "diverged" and all(wild[name] is None for name in METRICS)
     assert wild["before"]["retain_acc"] is not None and not wild["collapsed"]

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from tiny import CLASSES, PROTOCOL, assert_close, make_batch, make_models, mesh_of
 
+from jaxunlearn.devices.sharding import make_mesh, over_seeds, place_seeds, place_shared, shard_batch
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods import build_rule, get_method
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import Stream, seed_keys, stream_key
-from jaxunlearn.sharding import make_mesh, over_seeds, place_seeds, place_shared, shard_batch
-from jaxunlearn.unlearning import make_context
+from jaxunlearn.registry import build_rule, get_method
+from jaxunlearn.training.unlearning import make_context
 
 
 @pytest.mark.parametrize(

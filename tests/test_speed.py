@@ -1,28 +1,20 @@
 """The speed script: what it counts, how its sides answer, what its users see."""
 
 import dataclasses
-import importlib.util
 import json
 import multiprocessing
 import threading
-from pathlib import Path
 
 import pytest
 from tiny import PROTOCOL
 
 from jaxunlearn import speed
 from jaxunlearn.benchmarks import get_benchmark
+from jaxunlearn.commands import speed as command
+from jaxunlearn.commands.main import main
 from jaxunlearn.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-
-
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("speed", Path(__file__).parent.parent / "scripts" / "speed.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Thread:
@@ -67,14 +59,14 @@ def test_a_burst_is_timed_by_the_step_after_two_that_are_not(monkeypatch):
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_every_quantity_is_measured_and_reported(script, seeds, monkeypatch, capsys):
+def test_every_quantity_is_measured_and_reported(seeds, monkeypatch, capsys):
     monkeypatch.setattr(speed, "BURST_SECONDS", 0.0)
     monkeypatch.setattr(speed, "epoch_steps", lambda protocol, num_classes: 1)
     monkeypatch.setattr(speed, "MATMUL", 64)
-    monkeypatch.setattr(script, "Side", Thread)
-    monkeypatch.setattr(script, "PAIRS", 2)
-    monkeypatch.setattr(script, "get_benchmark", lambda name: dataclasses.replace(PROTOCOL, batch_size=8))
-    assert script.main(["--bench", "tiny", "--seeds", str(seeds), "--devices", "1", "--json"]) == 0
+    monkeypatch.setattr(command, "Side", Thread)
+    monkeypatch.setattr(command, "PAIRS", 2)
+    monkeypatch.setattr(command, "get_benchmark", lambda name: dataclasses.replace(PROTOCOL, batch_size=8))
+    assert main(["speed", "--bench", "tiny", "--seeds", str(seeds), "--devices", "1", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert set(record["quantities"]) == set(record["compile_s"]) == set(speed.QUANTITIES)
     for row in record["quantities"].values():
@@ -82,7 +74,7 @@ def test_every_quantity_is_measured_and_reported(script, seeds, monkeypatch, cap
         assert ("ratio" in row) == (seeds > 1)
     assert record["against"] == (None if seeds == 1 else "one seed")
     assert record["environment"]["device_count"] == 1 and record["peak_memory_gib"] > 0
-    script.print_record(record)
+    command.print_record(record)
     shown = capsys.readouterr().out
     assert "scrub, first epochs" in shown and "FLOP utilisation" in shown
 
@@ -96,12 +88,12 @@ def test_every_quantity_is_measured_and_reported(script, seeds, monkeypatch, cap
         ("--seeds 2", "required: --bench"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(script, arguments, said, capsys):
-    assert script.main(arguments.split()) == 2
+def test_wrong_input_is_one_line_and_status_2(arguments, said, capsys):
+    assert main(["speed", *arguments.split()]) == 2
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.count("\n") == 1
 
 
-def test_what_is_wrong_in_a_side_is_said_here(script):
+def test_what_is_wrong_in_a_side_is_said_here():
     with pytest.raises(UserError, match="--devices 1000: this machine has"):
-        script.Side(speed.serve, get_benchmark("resnet20-digits-class0"), 10, 1, 1000)
+        command.Side(speed.serve, get_benchmark("resnet20-digits-class0"), 10, 1, 1000)

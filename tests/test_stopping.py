@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from jaxunlearn.stopping import SIGNALS, deferred
+from jaxunlearn.training.stopping import SIGNALS, deferred
 
 
 @pytest.fixture(autouse=True)

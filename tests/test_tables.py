@@ -2,9 +2,9 @@ import io
 
 import pytest
 
-from jaxunlearn import tables
 from jaxunlearn.benchmarks import BENCHMARKS
-from jaxunlearn.metrics import METRICS, diverged_metrics
+from jaxunlearn.evaluation.metrics import METRICS, diverged_metrics
+from jaxunlearn.results import tables
 
 VGG = "vgg16bn-cifar100-class0"
 DIGITS = "resnet20-digits-class0"

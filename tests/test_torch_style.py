@@ -28,14 +28,14 @@ from tiny import (
 from jaxunlearn import torch_style
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods import BASELINES, Method, get_method
 from jaxunlearn.methods.rule import RuleState, cross_entropy
 from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.randomness import seed_keys
+from jaxunlearn.registry import BASELINES, Method, get_method
 from jaxunlearn.torch_style import Model, UnlearningMethod, as_rule
 from jaxunlearn.torch_style.models import Generator
-from jaxunlearn.unlearning import check_rule, make_context
+from jaxunlearn.training.unlearning import check_rule, make_context
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 FOLDER = Path(__file__).parent / "torch_style_methods"
@@ -322,7 +322,7 @@ def check_class(tmp_path, step="pass", setup="pass"):
     """Checks a class with these lines, as `bench.py --method mine.py` does."""
     (tmp_path / "mine.py").write_text(CLASS.format(step=step, setup=setup))
     method = get_method(str(tmp_path / "mine.py"))
-    check_rule(method, method.factory(context()), context())
+    check_rule(method, method.factory(context()), context(), [(4, 4)])
 
 
 @pytest.mark.parametrize(

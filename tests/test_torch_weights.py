@@ -165,7 +165,7 @@ def inputs(count=4):
 )
 def test_logits_are_those_of_pytorch(name, options):
     torch = pytest.importorskip("torch")
-    from torch_reference import models
+    from jaxunlearn.torch_reference import models
 
     torch.manual_seed(0)
     cases = {
@@ -186,7 +186,7 @@ def test_logits_are_those_of_pytorch(name, options):
 
 def test_biases_before_batch_norm_are_folded_in_both_modes():
     torch = pytest.importorskip("torch")
-    from torch_reference import models
+    from jaxunlearn.torch_reference import models
 
     torch.manual_seed(0)
     model = models.ResNet20(10)

@@ -26,11 +26,11 @@ from tiny import (
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.data.batches import normalise
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods import Method
 from jaxunlearn.methods.rule import RuleState, UnlearningRule, init_state
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.unlearning import Split, check_rule, epoch_plan, make_context
+from jaxunlearn.registry import Method
+from jaxunlearn.training.unlearning import Split, check_rule, epoch_plan, make_context
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 SEEDS = (1, 2)
@@ -289,5 +289,5 @@ def test_a_rule_that_breaks_the_contract_is_refused_in_one_line(how):
         parts.get("step", lambda p, s, r, f: (p, s, {"loss": 0.0})),
     )
     with pytest.raises(UserError, match=f"^method 'mine' does not keep the rule contract: .*{message}") as caught:
-        check_rule(method_of(None), rule, context)
+        check_rule(method_of(None), rule, context, [(4, 4)])
     assert "\n" not in str(caught.value)

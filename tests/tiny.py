@@ -13,14 +13,14 @@ from jax.typing import DTypeLike
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Batch, Images
-from jaxunlearn.loop import Timing
-from jaxunlearn.methods import get_method
+from jaxunlearn.devices.sharding import place_seeds, place_shared
 from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.sharding import place_seeds, place_shared
-from jaxunlearn.training import Pretraining
-from jaxunlearn.unlearning import Split, Unlearning
+from jaxunlearn.registry import get_method
+from jaxunlearn.training.loop import Timing
+from jaxunlearn.training.pretraining import Pretraining
+from jaxunlearn.training.unlearning import Split, Unlearning
 
 TINY, PLAIN = "tiny", "tiny-plain"  # with and without dropout: without, a forward in train mode needs no randomness
 CLASSES = 3

@@ -1,7 +1,6 @@
 """`scripts/bench.py` with a tiny benchmark in place: a process that tests may kill."""
 
 import dataclasses
-import os
 import runpy
 import signal
 from pathlib import Path
@@ -18,8 +17,8 @@ DIGITS = dataclasses.replace(
 )
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # or it would start itself again
+    for number in (signal.SIGINT, signal.SIGTERM):  # as a command; also where the tests run in the background
+        signal.signal(number, signal.default_int_handler)
     jax.config.update("jax_disable_most_optimizations", True)
     MODELS[TINY] = Tiny
     BENCHMARKS.update({NAME: DIGITS, NAME_X64: dataclasses.replace(DIGITS, precision="fp64")})

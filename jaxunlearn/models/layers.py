@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxunlearn.models.convolution import conv2d
-from jaxunlearn.models.normalization import EPS, batch_norm
+from jaxunlearn.ops.convolution import conv2d
+from jaxunlearn.ops.normalization import EPS, batch_norm
 
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's sense: new = 0.9 * old + 0.1 * batch
 

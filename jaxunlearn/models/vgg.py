@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
-from jaxunlearn.models.pooling import max_pool
+from jaxunlearn.ops.pooling import max_pool
 
 # Features of each 3x3 convolution, block by block; a 2x2 max-pool ends each block.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

@@ -1,0 +1,1 @@
+"""What stands behind each subcommand of `jaxunlearn`: its arguments and what it prints."""

@@ -1,0 +1,1 @@
+"""Where a run computes: the mesh of devices, the processes that make it, the memory of a step."""

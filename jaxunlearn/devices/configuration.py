@@ -1,0 +1,60 @@
+"""JAX's settings for a run. What a user has set before stays as it is."""
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+MOST_DEVICES = 256  # of one machine: XLA starts as many threads as it is told to, and dies of too many
+
+
+def request_devices(count: int | None) -> None:
+    """Makes `count` host devices, at most one a core, where JAX runs on CPUs and has not been used before."""
+    # A step's buffers are then taken by the thread that calls it, from the one heap that grows without bound, so that
+    # freed ones serve again (`memory.py`). Other threads' are mapped and unmapped; made to share that heap, they leave
+    # it in pieces: 8 GB, not 2, for MobileNetV2. Nothing is lost: the loop waits for all steps but one anyway.
+    if "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if count is None or count < 2:
+        return
+    # Devices wait for each other on a thread each; with no more threads than devices XLA's CPU collectives can lock up.
+    os.environ.setdefault("NPROC", str(4 * max(min(count, MOST_DEVICES), os.cpu_count() or 1)))
+    already_asked = getattr(jax.config, "jax_num_cpu_devices", -1) > 0
+    if not already_asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with suppress(RuntimeError):  # JAX is in use: `make_mesh` says how many devices it has
+            jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
+
+
+@contextmanager
+def programs_kept(cache_dir: Path) -> Iterator[None]:
+    """Keeps what is compiled inside in `cache_dir`/xla, unless JAX has been given a compilation cache already."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None):
+        yield
+        return
+    settings = {
+        "jax_compilation_cache_dir": str(cache_dir.absolute() / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        _configure(settings)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, object]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it keeps the folder that it was first used with
+
+
+def unused_gpu() -> str | None:
+    """What to tell the user of a machine with an NVIDIA device whose JAX computes on the CPU."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") or not glob.glob("/dev/nvidia[0-9]*"):
+        return None
+    return "this machine has an NVIDIA device, but JAX computes on the CPU: pip install 'jax[cuda13]' to use it"

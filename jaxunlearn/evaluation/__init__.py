@@ -1,0 +1,1 @@
+"""What a model is worth: its predictions, and the metrics made of them."""

@@ -1,0 +1,233 @@
+"""2-d convolution and its two gradients, each in the form that is fastest for its shape and platform.
+
+The choice is made in `_forward`, `_input_gradient` and `_kernel_gradient` below and nowhere else. GPU and TPU always
+take `lax.conv_general_dilated`. The milliseconds in the comments are of one core (AVX-512) where they do not say two,
+batch 128, float32.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxunlearn.ops import depthwise, native, winograd
+from jaxunlearn.ops.batching import on_cpu, seedwise
+from jaxunlearn.ops.reductions import product_over_rows
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv2d(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+    """2-d convolution (cross-correlation) padded by k // 2 on every side, as PyTorch's `padding=k//2`.
+
+    Args:
+      x: [batch, height, width, channels].
+      kernel: [k, k, channels / groups, features], k odd.
+      stride: same in both directions.
+      groups: 1, or `channels` for a depthwise convolution.
+
+    Returns:
+      [batch, ceil(height / stride), ceil(width / stride), features], in the dtype of `x`.
+    """
+    return _conv2d_fwd(x, kernel, stride, groups)[0]
+
+
+def _conv2d_fwd(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, tuple[Array, Array]]:
+    return seedwise(partial(_forward, stride=stride, groups=groups), x, kernel), (x, kernel)
+
+
+def _conv2d_bwd(stride: int, groups: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    dx = seedwise(partial(_input_gradient, stride=stride, groups=groups), *saved, g)
+    dkernel = seedwise(partial(_kernel_gradient, stride=stride, groups=groups), *saved, g)
+    return dx, dkernel
+
+
+conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
+    xla_form = partial(_xla_forward, stride=stride, groups=groups)
+    if native.usable(x, kernel):
+        if _is_native_depthwise(groups):
+            return native.call("depthwise", x, kernel, like=xla_form, **_options(stride, spread=False))
+        if _is_native(kernel, groups):
+            return native.call("convolve", x, kernel, like=xla_form, **_options(stride))
+    return xla_form(x, kernel)
+
+
+def _options(stride: int, **flags: bool) -> dict[str, Any]:
+    return {"stride": np.int64(stride)} | {name: np.bool_(flag) for name, flag in flags.items()}
+
+
+def _xla_forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
+    if on_cpu():
+        if groups > 1:
+            return depthwise.forward(x, kernel, stride)
+        if kernel.shape[0] == 1:
+            # With both gradients, 24 to 144 channels of 32x32: 25 ms against 83; 64 to 384 of 8x8: 5 against 16.
+            return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
+        if _is_wide(kernel, stride):
+            # Two cores: 64 channels of 32x32: 30 ms against 48; 128 of 16x16: 22, 27; 256 of 8x8: 16, 23; 512 of 4x4:
+            # 14, 26; of 2x2: 5, 6.3 as below. With 32 channels of 16x16 it would be 2.9 against 2.5.
+            return winograd.forward(x, kernel)
+        if x.shape[1] <= 2:
+            # XLA takes the kernel for the image here and misses the fast path. 512 channels, with both gradients: 35 ms
+            # against 2,957. On 4x4 images they are equal.
+            return _im2col(x, kernel, stride)
+    return _lax_conv(x, kernel, stride, groups)
+
+
+def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
+    if native.usable(x, kernel, g):
+        if _is_native_depthwise(groups):
+            xla_form = partial(depthwise.input_gradient, shape=x.shape[1:3], stride=stride)
+            return native.call("depthwise", g, kernel, like=xla_form, shape=x.shape, **_options(stride, spread=True))
+        if _is_native(kernel.transpose(0, 1, 3, 2), groups):
+            xla_form = partial(_spread_conv, shape=x.shape[1:3], stride=stride)
+            return native.call("convolve_spread", g, _turned(kernel), like=xla_form, shape=x.shape, **_options(stride))
+    if on_cpu():
+        if groups > 1:
+            return depthwise.input_gradient(g, kernel, x.shape[1:3], stride)
+        if _is_wide(kernel, stride):
+            return winograd.input_gradient(g, kernel)
+        if kernel.shape[0] > 1 and x.shape[1] > 2:
+            return _spread_conv(g, _turned(kernel), x.shape[1:3], stride)
+    return jax.vjp(lambda x: _xla_forward(x, kernel, stride, groups), x)[1](g)[0]
+
+
+def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
+    def xla_form(x: Array, g: Array) -> Array:
+        return _xla_kernel_gradient(x, kernel, g, stride, groups)
+
+    if native.usable(x, kernel, g):
+        options: dict[str, Any] = {"like": xla_form, "shape": kernel.shape} | _options(stride)
+        if groups > 1:
+            return native.call("depthwise_kernel_gradient", x, g, **options)
+        # Two cores: 16 channels of 32x32: 1.3 ms against XLA's 5.5; 64 of 32x32: 19, 57; 128 of 16x16: 21, 31; 256 of
+        # 8x8: 43, 32. 1x1, 192 to 32 channels of 16x16: 1.0, 3.2; 384 to 64 of 8x8: 1.1, 2.3; 144 to 24: 7.0, 5.2.
+        size, _, _, features = kernel.shape
+        few = kernel.size <= 9 * 128 * 128 if size > 1 else 32 <= features <= 64
+        if features % 8 == 0 and few:
+            return native.call("convolution_kernel_gradient", x, g, **options)
+    return xla_form(x, g)
+
+
+def _xla_kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
+    size = kernel.shape[0]
+    if on_cpu():
+        if groups > 1:
+            return depthwise.kernel_gradient(x, g, size, stride)
+        if size == 1:
+            return product_over_rows(x[:, ::stride, ::stride], g)[None, None]
+        if _is_wide(kernel, stride) and x.shape[1] <= 8:
+            # Two cores: 256 channels of 8x8: 19 ms against 27; 512 of 4x4: 16, 23; of 2x2: 4.3, 7.6; 64 of 8x8 the
+            # same; 128 of 16x16: 39, 30.
+            return winograd.kernel_gradient(x, g)
+        if x.shape[1] > 2:
+            return _kernel_gradient_conv(x, g, size, stride)
+    return jax.vjp(lambda kernel: _xla_forward(x, kernel, stride, groups), kernel)[1](g)[0]
+
+
+def _is_native(kernel: Array, groups: int) -> bool:
+    """Whether the compiled kernel is faster than the forms of `_xla_forward`.
+
+    Two cores, theirs behind: 3x3, 16 channels of 32x32: 1.3 ms, 2.7; 32 of 16x16: 1.2, 2.4; 64 of 8x8: 1.2, 1.3; 64 of
+    32x32: 19.0, 18.0; 64 to 128 of 16x16: 9.3, 8.2. 1x1 on 32x32, 16 to 96: 1.5, 5.1; 24 to 144: 2.7, 7.5; 32 on 16x16
+    to 192: 1.1, 1.0.
+    """
+    size, _, channels, features = kernel.shape
+    few = kernel.size <= 9 * 64 * 64 if size > 1 else min(channels, features) < 32
+    return groups == 1 and features % 8 == 0 and few
+
+
+def _is_native_depthwise(groups: int) -> bool:
+    # Two cores, 32x32: 144 channels 4.4 ms, 7.2 in JAX; with 32 channels that takes 1.1 as well.
+    return groups >= 64
+
+
+def _is_wide(kernel: Array, stride: int) -> bool:
+    """Whether there are channels enough for matrix products to pay for Winograd's transforms."""
+    size, _, *channels = kernel.shape
+    return size == 3 and stride == 1 and min(channels) >= 64 and kernel.dtype.itemsize >= 4
+
+
+def _turned(kernel: Array) -> Array:
+    """By half a circle, channels and features exchanged."""
+    return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+
+
+def _spread_conv(g: Array, turned: Array, shape: tuple[int, ...], stride: int) -> Array:
+    """The input gradient: the convolution of `g`, spread out by `stride`, with the turned kernel.
+
+    Written out because XLA brings a convolution to the layout of the CPU's fast path in the entry computation only:
+    lax's own gradient, in another layout, is 9 times slower inside `lax.scan` and `lax.cond`.
+    """
+    size = turned.shape[0]
+    low = size - 1 - size // 2
+    padding = [(low, n + size - 2 - low - (m - 1) * stride) for n, m in zip(shape, g.shape[1:3], strict=True)]
+    return lax.conv_general_dilated(
+        g,
+        turned,
+        (1, 1),
+        padding,
+        lhs_dilation=(stride, stride),
+        dimension_numbers=_NHWC,
+    )
+
+
+def _kernel_gradient_conv(x: Array, g: Array, size: int, stride: int) -> Array:
+    """The convolution of `x` with `g` as the kernel, where channels are the batch and images the channels.
+
+    With more than 16 features both rows and taps are spread out by 2, which changes nothing but keeps XLA from handing
+    the convolution to YNNPACK, slow at kernels as large as the image. 64 features on 32x32 images: 69 ms against 181;
+    128 on 16x16: 54 against 104; 512 on 4x4: 47 against 71; 32 on 16x16: 4.8 against 7.1; but 16 on 32x32: 9.3, 8.7.
+    """
+    spread = 2 if max(x.shape[3], g.shape[3]) > 16 else 1
+    pad = size // 2
+    above, left = pad * spread, pad
+    below, right = (size - pad - n + (m - 1) * stride for n, m in zip(x.shape[1:3], g.shape[1:3], strict=True))
+    out = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        g.transpose(1, 2, 0, 3),
+        (spread, 1),
+        [(above, below * spread), (left, right)],
+        lhs_dilation=(spread, 1),
+        rhs_dilation=(spread * stride, stride),
+        dimension_numbers=_NHWC,
+    )
+    return out.transpose(1, 2, 0, 3)
+
+
+def _lax_conv(x: Array, kernel: Array, stride: int, groups: int) -> Array:
+    # Explicit padding: XLA's "SAME" pads asymmetrically at stride 2.
+    pad = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(pad, pad), (pad, pad)],
+        dimension_numbers=_NHWC,
+        feature_group_count=groups,
+    )
+
+
+def _windows(x: Array, size: int, stride: int) -> list[Array]:
+    """The size * size shifted views of the padded image, each of the output's height and width, row by row."""
+    pad = size // 2
+    height, width = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return [
+        padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+
+
+def _im2col(x: Array, kernel: Array, stride: int) -> Array:
+    size, _, channels, features = kernel.shape
+    columns = jnp.concatenate(_windows(x, size, stride), axis=-1)
+    return jnp.dot(columns, kernel.reshape(size * size * channels, features))

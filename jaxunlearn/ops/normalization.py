@@ -1,0 +1,137 @@
+"""Batch normalisation with PyTorch's semantics and a closed-form gradient; ReLU and the residual sum included."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxunlearn.ops import native
+from jaxunlearn.ops.batching import outlined, seedwise
+from jaxunlearn.ops.reductions import sum_over_rows
+
+EPS = 1e-5
+
+# Eight groups of images: 144 channels of 32x32, one core, forward 12 ms against 15 for plain sums, gradient 25, 28; 16
+# channels 1.2, 1.5 and 2.7, 3.3.
+_sum = partial(sum_over_rows, groups=8)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def batch_norm(x: Array, scale: Array, bias: Array, residual: Array | None, relu: bool) -> tuple[Array, Array, Array]:
+    """Normalise by the batch's mean and biased variance, then scale, shift, add `residual`, apply ReLU.
+
+    Args:
+      x: [..., channels], any float dtype; statistics are computed in the dtype of `scale`.
+      scale, bias: [channels], float32 or wider.
+      residual: like `x`, or None.
+      relu: whether to end with max(., 0).
+
+    Returns:
+      The result in the dtype of `x`, and the batch's mean and biased variance, each [channels].
+    """
+    return _batch_norm_fwd(x, scale, bias, residual, relu)[0]
+
+
+def _forward(
+    x: Array, scale: Array, bias: Array, residual: Array | None = None, *, relu: bool
+) -> tuple[Array, Array, Array]:
+    xla_form = partial(_xla_forward, relu=relu)
+    if not native.usable(x, scale, bias):
+        return xla_form(x, scale, bias, residual)
+    if residual is not None:
+        return native.call("normalise", x, scale, bias, residual, like=xla_form, **_options(True, relu))
+
+    def like(x: Array, scale: Array, bias: Array, _: Array) -> tuple[Array, Array, Array]:
+        return xla_form(x, scale, bias, None)
+
+    return native.call("normalise", x, scale, bias, x, like=like, **_options(False, relu))
+
+
+def _options(add: bool, relu: bool) -> dict[str, Any]:
+    return {"add": np.bool_(add), "relu": np.bool_(relu), "eps": np.float32(EPS)}
+
+
+def _xla_forward(
+    x: Array, scale: Array, bias: Array, residual: Array | None, *, relu: bool
+) -> tuple[Array, Array, Array]:
+    count = x.size // x.shape[-1]
+    axes = tuple(range(x.ndim - 1))
+    x32 = x.astype(scale.dtype)
+    mean = x32.sum(axes) / count
+    # Two passes: E[x^2] - E[x]^2 would cancel where |mean| is large against the deviation.
+    var = _sum(lambda x: jnp.square(x - mean), x32) / count
+    std = lax.sqrt(var + EPS)
+    shift = bias if residual is None else bias + residual.astype(scale.dtype)
+    y = (x32 - mean) * (scale / std) + shift
+    if relu:
+        y = jnp.maximum(y, jnp.zeros_like(y))
+    return y.astype(x.dtype), mean, var
+
+
+def _batch_norm_fwd(
+    x: Array, scale: Array, bias: Array, residual: Array | None, relu: bool
+) -> tuple[tuple[Array, Array, Array], Any]:
+    arrays = (x, scale, bias) if residual is None else (x, scale, bias, residual)
+    y, mean, var = seedwise(partial(outlined, partial(_forward, relu=relu)), *arrays)
+    return (y, mean, var), (x, y, scale, mean, var, residual is None)
+
+
+def _batch_norm_bwd(
+    relu: bool, saved: Any, cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array, Array | None]:
+    x, y, scale, mean, var, alone = saved
+    backward = partial(outlined, partial(_backward, relu=relu, alone=alone))
+    dx, dscale, dbias, dresidual = seedwise(backward, x, y, scale, mean, var, *cotangents)
+    return dx, dscale, dbias, dresidual
+
+
+batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
+
+
+def _backward(*arrays: Array, relu: bool, alone: bool) -> tuple[Array, Array, Array, Array | None]:
+    """Arguments and results as of `_xla_backward`."""
+    x, _, scale, *_, g, _, _ = arrays
+    if not native.usable(x, scale, g):
+        return _xla_backward(*arrays, relu=relu, alone=alone)
+
+    def like(*arrays: Array) -> tuple[Array, ...]:
+        dx, dscale, dbias, dresidual = _xla_backward(*arrays, relu=relu, alone=alone)
+        return dx, dscale, dbias, jnp.zeros(0, g.dtype) if dresidual is None else dresidual
+
+    # Into the place of `g`, which is in the cache: the result would be fetched from memory before it is written.
+    into, options = {5: 0 if alone else 3}, _options(not alone, relu)
+    dx, dscale, dbias, dresidual = native.call("normalise_gradient", *arrays, like=like, into=into, **options)
+    return dx, dscale, dbias, None if alone else dresidual
+
+
+def _xla_backward(
+    x: Array,
+    y: Array,
+    scale: Array,
+    mean: Array,
+    var: Array,
+    g: Array,
+    dmean: Array,
+    dvar: Array,
+    *,
+    relu: bool,
+    alone: bool,
+) -> tuple[Array, Array, Array, Array | None]:
+    count = x.size // x.shape[-1]
+    axes = tuple(range(x.ndim - 1))
+    std = lax.sqrt(var + EPS)
+    centred = x.astype(scale.dtype) - mean
+    g = g.astype(scale.dtype)
+    if relu:
+        g = outlined(lambda y, g: lax.select(y > 0, g, jnp.zeros_like(g)), y, g)
+    dbias = g.sum(axes)
+    dscale = _sum(jnp.multiply, g, centred) / std
+    # x reaches the output directly, through the mean and through the variance (Ioffe & Szegedy, section 3).
+    direct = scale / std
+    along = (2 * dvar - direct * dscale / std) / count
+    constant = (dmean - direct * dbias) / count
+    dx = g * direct + centred * along + constant
+    return dx.astype(x.dtype), dscale, dbias, None if alone else g.astype(x.dtype)

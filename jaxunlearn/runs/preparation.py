@@ -1,0 +1,133 @@
+"""What makes a run ready: everything that can be known to be wrong is said here, before hours of training."""
+
+import dataclasses
+import functools
+import itertools
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxunlearn.benchmarks import validate
+from jaxunlearn.data.batches import Images, resize
+from jaxunlearn.data.datasets import DATASETS, ImageSet, limited, load
+from jaxunlearn.devices.configuration import unused_gpu
+from jaxunlearn.devices.processes import all_or_none, check_agreement, leads
+from jaxunlearn.devices.sharding import make_mesh, place_shared
+from jaxunlearn.errors import UserError
+from jaxunlearn.evaluation.predictions import Evaluator
+from jaxunlearn.files import check_writable
+from jaxunlearn.models.network import Network, make_network
+from jaxunlearn.progress import Reporter
+from jaxunlearn.randomness import seed_keys
+from jaxunlearn.registry import RETRAIN, Method, build_rule, names
+from jaxunlearn.results.environment import environment
+from jaxunlearn.results.records import check_overwrite
+from jaxunlearn.runs.request import Request
+from jaxunlearn.training.loop import Timing, batch_sizes
+from jaxunlearn.training.pretrained import Models, given
+from jaxunlearn.training.unlearning import Split, Unlearning, check_rule, make_context
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request made ready: checked, its data on the device. Nothing has been written yet."""
+
+    request: Request
+    reporter: Reporter
+    timing: Timing
+    mesh: jax.sharding.Mesh
+    keys: jax.Array  # one a seed
+    network: Network
+    given: Models | None  # the weights to start from, where the user has some
+    train: Images
+    split: Split
+    digest: str  # of the data set
+    evaluator: Evaluator
+    unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by method
+
+    @functools.cached_property
+    def environment(self) -> dict[str, Any]:
+        """What the records say that they were measured on; looked up once a run."""
+        return environment() | {"device_count": self.mesh.size, "process_count": jax.process_count()}
+
+    @property
+    def table_facts(self) -> dict[str, Any]:
+        """What `print_results` asks for beside the records."""
+        members, non_members = self.evaluator.counts
+        defaults = {method.name: method.defaults for method in self.request.methods}
+        return {"defaults": defaults, "members": members, "non_members": non_members}
+
+    def batches(self, count: int) -> list[int]:
+        """The sizes of the batches of an epoch of (re)training on so many images."""
+        protocol = self.request.protocol
+        return batch_sizes(count, protocol.batch_size, protocol.drop_last, "training")
+
+    def unlearning(self, method: Method, mesh: jax.sharding.Mesh) -> Unlearning:
+        """The unlearning of a method, for the seeds on `mesh`. Raises UserError for a rule that breaks its contract."""
+        protocol = self.request.protocol
+        classes = DATASETS[protocol.dataset].num_classes
+        return Unlearning(method, self.network, protocol, classes, self.train, self.split, mesh, self.timing)
+
+
+def prepare(request: Request, reporter: Reporter) -> Prepared:
+    """Makes a request ready. Raises UserError for whatever is wrong with it."""
+    protocol, timing = request.protocol, Timing()
+    if (request.init_weights is None) != (protocol.init_weights is None):
+        raise UserError("init_weights: the file and its SHA-256 in the protocol go together, one of them is missing")
+    if not 0 <= request.save_every < float("inf"):
+        raise UserError(f"--save-every {request.save_every}: it must be at least 0")
+    num_classes = DATASETS[protocol.dataset].num_classes
+    validate(protocol, num_classes)
+    mesh = make_mesh(len(request.seeds), request.devices)
+    if not leads():
+        reporter = Reporter(quiet=True)
+    elif line := unused_gpu():
+        warnings.warn(line, stacklevel=2)
+    # Before anything that takes long: processes wait only half a minute for each other the first time.
+    check_agreement(f"{request.settings} {jax.__version__} {jax.dtypes.canonicalize_dtype(float)}")
+    network = make_network(protocol, num_classes)
+    with jax.set_mesh(mesh):
+        with all_or_none():
+            if leads():
+                _check_outputs(request)
+            weights = request.init_weights
+            models = given(weights, network, len(request.seeds), mesh) if weights else None
+            context = make_context(network, protocol, num_classes, steps_per_epoch=1)
+            for method in request.methods:
+                if method.name not in (*names(), RETRAIN):  # the user's own, which is looked at before a download
+                    check_rule(method, build_rule(method, context), context, [(4, 4)])
+            with timing("data_s"):
+                dataset = load(protocol.dataset, request.data_dir, request.cache_dir, reporter.shows)
+        check_agreement(dataset.digest)
+        with timing("data_s"):
+            chosen = limited(dataset.train, dataset.num_classes, protocol.train_limit)
+            train, test = _on_device(chosen, mesh), _on_device(dataset.test, mesh)
+        is_forget = chosen.labels == protocol.forget_class
+        split = Split(np.flatnonzero(~is_forget), np.flatnonzero(is_forget))
+        members = Images(*(part[split.forget] for part in train))
+        evaluator = Evaluator(network, protocol, test, members, mesh, timing)
+        keys = seed_keys(request.seeds)
+        prepared = Prepared(
+            request, reporter, timing, mesh, keys, network, models, train, split, dataset.digest, evaluator
+        )
+        for count in (len(chosen.labels), len(split.retain)):
+            prepared.batches(count)  # raises where they make no batch
+        unlearnings = {m.name: prepared.unlearning(m, mesh) for m in request.methods if m.name != RETRAIN}
+        return dataclasses.replace(prepared, unlearnings=unlearnings)
+
+
+def _check_outputs(request: Request) -> None:
+    """Raises UserError where the results of a run could not be written."""
+    for folder in filter(None, (request.out, request.cache_dir, request.export_weights)):
+        check_writable(folder)
+    protocol = dataclasses.asdict(request.protocol)
+    for method, seed in itertools.product(request.methods, request.seeds):
+        check_overwrite(request.record_path(method, seed), protocol, method.hyperparameters, request.force)
+
+
+def _on_device(images: ImageSet, mesh: jax.sharding.Mesh) -> Images:
+    """The images on every device of the mesh, enlarged to 32 x 32 where they are smaller."""
+    pixels, labels = place_shared((images.images, images.labels.astype(np.int32)), mesh)
+    return Images(jax.jit(resize)(pixels), labels)

@@ -1,0 +1,126 @@
+"""What a user asks for, from the command line or from Python, and where its results go."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxunlearn.benchmarks import MOST_SEEDS, Protocol, get_benchmark
+from jaxunlearn.errors import UserError
+from jaxunlearn.registry import BASELINES, Method, Named, get_method, parse_value, title_of
+from jaxunlearn.results.records import record_path
+
+# Fields of the protocol that are not for `set`: what the benchmark is, and the weights, which have an argument.
+FIXED = ("init_weights", "model", "dataset")
+
+Settings = dict[str, dict[str, str]]  # values as text, by key, by what has it: a method, or "protocol"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    bench: str
+    protocol: Protocol
+    methods: Sequence[Method]
+    seeds: Sequence[int]
+    out: Path
+    cache_dir: Path
+    data_dir: Path | None = None
+    init_weights: Path | None = None
+    export_weights: Path | None = None
+    devices: int | None = None
+    save_every: float = 120.0  # seconds between two checkpoints
+    force: bool = False
+
+    def record_path(self, method: Method, seed: int) -> Path:
+        """Where the record of a method and seed is kept: apart from the benchmark's own if any setting differs."""
+        own, used = dataclasses.asdict(get_benchmark(self.bench)), dataclasses.asdict(self.protocol)
+        differs = {name: value for name, value in used.items() if value != own[name]}
+        differs |= {f"{method.name}.{k}": v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
+        return record_path(self.out, self.bench, method.name, seed, differs)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What every process of a run must have been told alike."""
+        methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
+        return self.bench, self.protocol, methods, self.seeds, self.devices, self.export_weights is None
+
+    def weights_path(self, method: Method, seed: int) -> Path | None:
+        """Where the unlearned model goes: below `export_weights` what the record is below `out`."""
+        if self.export_weights is None:
+            return None
+        record = self.record_path(method, seed).relative_to(self.out)
+        return self.export_weights / record.with_suffix(".safetensors")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of "42", "0-7" or "1,5,9", in order. Raises UserError for anything else."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            span = range(int(first), int(last if dash else first) + 1)
+            if not 0 < len(span) <= MOST_SEEDS:
+                raise ValueError
+            seeds += span
+    except (ValueError, OverflowError):
+        seeds = []
+    if not 0 < len(seeds) <= MOST_SEEDS or len(set(seeds)) != len(seeds) or max(seeds) >= 2**32:
+        raise UserError(
+            f"--seeds {text}: write 42, 0-7 or 1,5,9, each seed once, from 0 to {2**32 - 1}, {MOST_SEEDS:,} at most"
+        )
+    return seeds
+
+
+def parse_settings(pairs: Sequence[str]) -> Settings:
+    """`["scrub.temperature=2"]` as `{"scrub": {"temperature": "2"}}`. Raises UserError for what is no such pair."""
+    settings: Settings = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        owner, _, key = name.rpartition(".")
+        if not (owner and key and value):
+            raise UserError(f"--set {pair}: write NAME.KEY=VALUE, such as scrub.temperature=2")
+        settings.setdefault(owner, {})[key] = value
+    return settings
+
+
+def make_protocol(
+    bench: str, changes: Mapping[str, Any], settings: Mapping[str, str], init_weights: Path | None
+) -> Protocol:
+    """The benchmark's protocol with what the user changed: values, and texts of values. Raises UserError."""
+    own = get_benchmark(bench)
+    fields = dataclasses.asdict(own)
+    for key in settings:
+        if key not in fields or key in FIXED:
+            known = ", ".join(name for name in fields if name not in FIXED)
+            raise UserError(f"--set protocol.{key}: no such field (there are {known})")
+    parsed = {key: parse_value(f"protocol.{key}", text, fields[key]) for key, text in settings.items()}
+    if init_weights is not None:
+        parsed["init_weights"] = _digest(init_weights)
+    return dataclasses.replace(own, **changes, **parsed)
+
+
+def _digest(weights: Path) -> str:
+    if not os.path.isfile(weights):  # a device or a pipe may never end
+        raise UserError(f"--init-weights {weights}: no such file")
+    try:
+        with weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--init-weights {weights}: {error.strerror}") from None
+
+
+def get_methods(chosen: Sequence[Named] | None, settings: Settings) -> list[Method]:
+    """The methods of a run, None being the baselines, with their settings. Raises UserError for settings of others."""
+    named = BASELINES if chosen is None else chosen
+    titles = [title_of(method) for method in named]
+    for owner, values in settings.items():
+        if owner not in titles:
+            raise UserError(f"--set {owner}.{next(iter(values))}: '{owner}' is not among the methods of this run")
+    methods = [get_method(method, settings.get(title)) for method, title in zip(named, titles, strict=True)]
+    if len(set(titles)) != len(titles):
+        raise UserError("--method: each method once, and no two files of the same name")
+    return methods

@@ -1,0 +1,126 @@
+"""What runs a prepared request: pretrain or load, unlearn with each method, evaluate, write."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxunlearn.devices.configuration import programs_kept
+from jaxunlearn.devices.processes import leads, meet
+from jaxunlearn.devices.sharding import fetch, make_mesh, place_seeds
+from jaxunlearn.errors import WriteError, one_line
+from jaxunlearn.evaluation.predictions import BATCH_SIZE
+from jaxunlearn.models.torch_weights import to_state_dict
+from jaxunlearn.models.weight_files import write_safetensors
+from jaxunlearn.randomness import seed_keys
+from jaxunlearn.registry import RETRAIN, Method
+from jaxunlearn.results import records
+from jaxunlearn.runs.preparation import Prepared
+from jaxunlearn.runs.recording import Scored, make_record
+from jaxunlearn.training.checkpoints import Entry, discard, locked, pretrain_entry, unlearn_entry
+from jaxunlearn.training.pretrained import Models
+from jaxunlearn.training.pretraining import Pretraining
+from jaxunlearn.training.resuming import Start, train
+
+
+def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Runs every method; yields each record once it is written, and a warning where something was not."""
+    request = run.request
+    with programs_kept(request.cache_dir), jax.set_mesh(run.mesh), ExitStack() as locks:
+        pretrained = run.given or _train_or_load(run, without=None)
+        before = Scored(pretrained, _evaluate(run, pretrained))
+        common = dict(run.timing)
+        entries = {m.name: _unlearn_entries(run, m) for m in request.methods if m.name in run.unlearnings}
+        unfinished = list(itertools.chain(*entries.values()))
+        locks.enter_context(locked(unfinished))  # all at once: two processes must not wait for each other
+        for method in request.methods:
+            run.timing.clear()
+            if method.name == RETRAIN:
+                models = _train_or_load(run, without=request.protocol.forget_class)
+                steps = len(run.batches(len(run.split.retain))) * request.protocol.pretrain_epochs
+            else:
+                models = _unlearn(run, method, entries[method.name], pretrained)
+                steps = run.unlearnings[method.name].steps_per_epoch * request.protocol.unlearn_epochs
+            after = Scored(models, _evaluate(run, models))
+            for i in range(len(request.seeds)):
+                record = make_record(run, method, i, before, after, steps, common)
+                yield record, _keep(run, method, i, record, models)
+        if leads():
+            for entry in unfinished:  # only now: after an interruption the methods that are done are not redone
+                discard(entry)
+        meet()  # a process that ends takes the others with it
+
+
+def _evaluate(run: Prepared, models: Models) -> list[dict[str, Any]]:
+    images = run.evaluator.steps * BATCH_SIZE * len(run.keys)
+    with run.timing("evaluate_s"), run.reporter.task("evaluate", 1, run.evaluator.steps, images) as report:
+        return run.evaluator.metrics(models.params, models.batch_stats, run.keys, report(0))
+
+
+def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], models: Models) -> str | None:
+    """Writes one seed's record and, if asked to, its model. Returns a warning where one of them was not written."""
+    request, seed = run.request, run.request.seeds[index]
+    path, weights = request.record_path(method, seed), request.weights_path(method, seed)
+    variables = {"params": models.params, "batch_stats": models.batch_stats}
+    own = fetch(jax.tree.map(lambda x: x[index], variables)) if weights else {}
+    if not leads():
+        return None
+    try:
+        if not records.write(path, record, request.force):
+            return f"{path} holds a better record, kept; --force replaces it"
+        if weights and record["status"] != "ok":
+            return f"{weights} was not written: the model diverged"
+        if weights:
+            write_safetensors(weights, to_state_dict(own))
+    except OSError as error:
+        message = f"cannot write the results of {method.name} ({one_line(error)})"
+        raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
+    return None
+
+
+def _train_or_load(run: Prepared, without: int | None) -> Models:
+    request = run.request
+    indices = np.arange(len(run.train.labels)) if without is None else run.split.retain
+    entries = [pretrain_entry(request.cache_dir, request.protocol, run.digest, seed, without) for seed in request.seeds]
+
+    def start(group: list[int]) -> Start:
+        mesh = make_mesh(len(group), request.devices)
+        pretraining = Pretraining(run.network, request.protocol, run.train, indices, mesh, run.timing)
+        return Start(pretraining, lambda: pretraining.start(seed_keys([request.seeds[i] for i in group])))
+
+    with locked(entries):
+        return _to_the_end(run, start, entries, "pretrain" if without is None else RETRAIN)
+
+
+def _unlearn(run: Prepared, method: Method, entries: Sequence[Entry], pretrained: Models) -> Models:
+    if None not in pretrained.diverged:
+        return pretrained._replace(seconds=[0.0] * len(run.keys))
+    if not method.source and leads():
+        for entry in entries:  # nobody can say whether it is of the same rule
+            discard(entry)
+
+    def start(group: list[int]) -> Start:
+        unlearning = run.unlearnings[method.name]
+        if len(group) < len(run.keys):
+            unlearning = run.unlearning(method, make_mesh(len(group), run.request.devices))
+        chosen = np.asarray(group)
+        models = place_seeds(
+            jax.tree.map(lambda x: x[chosen], (pretrained.params, pretrained.batch_stats)), unlearning.mesh
+        )
+        return Start(unlearning, lambda: unlearning.start(models[0], models[1], run.keys[chosen]))
+
+    return _to_the_end(run, start, entries, method.name)
+
+
+def _unlearn_entries(run: Prepared, method: Method) -> list[Entry]:
+    request = run.request
+    return [unlearn_entry(request.cache_dir, request.protocol, run.digest, seed, method) for seed in request.seeds]
+
+
+def _to_the_end(run: Prepared, start: Callable[[list[int]], Start], entries: Sequence[Entry], title: str) -> Models:
+    request = run.request
+    trained = train(start, entries, request.seeds, run.mesh, run.reporter, title, request.save_every)
+    return Models(trained.state.params, trained.state.batch_stats, trained.seconds, trained.diverged)

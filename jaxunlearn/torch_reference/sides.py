@@ -1,0 +1,300 @@
+"""What the package and the PyTorch harness each make of the same weights and the same batches."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from numpy.typing import DTypeLike
+
+from jaxunlearn.benchmarks import Protocol
+from jaxunlearn.data.batches import Batch, normalise, resize
+from jaxunlearn.data.datasets import Dataset
+from jaxunlearn.evaluation.metrics import unlearning_metrics
+from jaxunlearn.methods.rule import Context, UnlearningRule
+from jaxunlearn.models.layers import BATCH_NORM_MOMENTUM
+from jaxunlearn.models.network import Network, make_network
+from jaxunlearn.models.torch_weights import to_state_dict
+from jaxunlearn.registry import get_method
+from jaxunlearn.torch_reference import harness, models
+from jaxunlearn.torch_style.models import Generator, Model
+from jaxunlearn.training.unlearning import make_context
+
+Arrays = Mapping[str, np.ndarray]  # by state_dict key
+Factory = Callable[[Context], UnlearningRule]
+
+BATCH_SIZE = 4  # retain images and forget images a step: float64 is slow, and more would show nothing more
+KERNEL_SCALE = 10.0
+CLASSES = Path(__file__).parent.parent / "torch_style_methods"
+EVALUATED = 40  # test images of other classes, of the forgotten one, training images of the forgotten one: each
+DTYPES = {"fp32": (np.float32, torch.float32), "fp64": (np.float64, torch.float64)}
+
+
+class Case(NamedTuple):
+    """What both sides are given, on the host and in f32."""
+
+    protocol: Protocol
+    num_classes: int
+    steps: int  # of the trajectory
+    variables: Any  # {"params", "batch_stats"}
+    random_params: Any  # of bad_teacher's incompetent teacher
+    batches: list[tuple[Batch, Batch]]  # (retain, forget) of each step, not augmented
+    test: Batch
+    members: Batch
+
+
+class Trace(NamedTuple):
+    """What one side did with one method."""
+
+    loss: float  # of the first step
+    gradients: Arrays  # of the first update
+    state: Arrays  # parameters and BatchNorm statistics after the last step
+    metrics: dict[str, float]
+
+
+def make_case(protocol: Protocol, num_classes: int, dataset: Dataset, steps: int) -> Case:
+    """Weights, batches and images, the same for each call.
+
+    The weights are initial ones, with two changes. BatchNorm statistics are those of a batch, not 0 and 1. Convolutions
+    are `KERNEL_SCALE` times larger, which BatchNorm takes back, so that a step of Adam is so much smaller beside them:
+    at their own size (.015 in MobileNetV2's depthwise layers) it is 7% of a weight, and twenty are chaos, in which a
+    difference of 1e-14 has become one of 1e-2.
+    """
+    rng = np.random.default_rng(0)
+    train, test = dataset.train, dataset.test
+
+    def take(images: Any, chosen: np.ndarray) -> Batch:
+        pixels = resize(jnp.asarray(images.images[chosen]))
+        return Batch(*jax.device_get((normalise(pixels, protocol), jnp.asarray(images.labels[chosen]))))
+
+    def parts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        is_forget = labels == protocol.forget_class
+        return np.flatnonzero(~is_forget), np.flatnonzero(is_forget)
+
+    draw = [tuple(take(train, rng.choice(p, BATCH_SIZE)) for p in parts(train.labels)) for _ in range(steps + 1)]
+    network = without_dropout(make_network(protocol, num_classes))
+
+    def weights(seed: int) -> tuple[Any, Any]:
+        params, batch_stats = jax.jit(network.initialise)(jax.random.key(seed))
+        return jax.tree.map(lambda leaf: leaf * KERNEL_SCALE if leaf.ndim == 4 else leaf, params), batch_stats
+
+    (params, initial), (random_params, _) = weights(0), weights(1)
+    images = np.concatenate([batch.images for batch in draw.pop()])
+    _, moved = jax.jit(network.apply_train)(params, initial, images, jax.random.key(0))
+    # Train mode moves the statistics a tenth of the way; this is all of it.
+    keep, move = 1 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM
+    batch_stats = jax.tree.map(lambda old, new: (new - keep * old) / move, initial, moved)
+    variables = {"params": params, "batch_stats": batch_stats}
+    return Case(
+        protocol,
+        num_classes,
+        steps,
+        jax.device_get(variables),
+        jax.device_get(random_params),
+        draw,  # type: ignore[arg-type]
+        take(test, np.concatenate([part[:EVALUATED] for part in parts(test.labels)])),
+        take(train, parts(train.labels)[1][:EVALUATED]),
+    )
+
+
+def epochs_of(case: Case, precision: str) -> list[int]:
+    """The epoch of each step. In fp32 one of the last, in which every baseline makes one update; the trajectory in fp64
+    is spread over four, so that scrub goes through both its phases."""
+    if precision == "fp32":
+        return [case.protocol.unlearn_epochs - 1]
+    return [4 * step // case.steps for step in range(case.steps)]
+
+
+# The package.
+
+
+def without_dropout(network: Network) -> Network:
+    """Dropout off: its masks are not PyTorch's."""
+
+    def skip(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        return args[0] if isinstance(context.module, nn.Dropout) else call(*args, **kwargs)
+
+    def apply_train(*args: Any) -> Any:
+        with nn.intercept_methods(skip):
+            return network.apply_train(*args)
+
+    return network._replace(apply_train=apply_train)
+
+
+class Recorded(NamedTuple):
+    """The state of an optimizer that keeps the first gradient it is given."""
+
+    updates: jax.Array
+    first: Any
+    inner: Any
+
+
+def recording(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def init(params: Any) -> Recorded:
+        return Recorded(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), optimizer.init(params))
+
+    def update(gradients: Any, state: Recorded, params: Any = None) -> tuple[Any, Recorded]:
+        first = jax.tree.map(lambda old, new: jnp.where(state.updates == 0, new, old), state.first, gradients)
+        updates, inner = optimizer.update(gradients, state.inner, params)
+        return updates, Recorded(state.updates + 1, first, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def package_network(case: Case, precision: str) -> tuple[Network, Callable[[Any], Any]]:
+    """The network in a precision, and what casts weights to it. Call, and use, inside `jax.enable_x64` for fp64."""
+    network = make_network(dataclasses.replace(case.protocol, precision=precision), case.num_classes)
+    cast = partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, DTYPES[precision][0]))
+    return without_dropout(network), cast
+
+
+def package_sides(name: str) -> dict[str, Factory]:
+    """A baseline in the package's two forms: the pure rule, and the class of the PyTorch harness."""
+    methods = {"rule": get_method(name), "class": get_method(str(CLASSES / f"torch_{name}.py"))}
+    return {side: method.factory for side, method in methods.items() if method.factory is not None}
+
+
+def package_logits(case: Case) -> dict[str, dict[str, np.ndarray]]:
+    """Logits of the first retain batch in both modes, fp32: as a rule asks for them, and as a class does."""
+    network, cast = package_network(case, "fp32")
+    variables = cast(case.variables["params"]), cast(case.variables["batch_stats"])
+    images, key = case.batches[0][0].images, jax.random.key(0)
+
+    @jax.jit
+    def logits(params: Any, batch_stats: Any) -> dict[str, dict[str, jax.Array]]:
+        def model() -> Model:
+            return Model(network, params, batch_stats, Generator(key))
+
+        trained, _ = network.apply_train(params, batch_stats, images, key)
+        return {
+            "rule": {"eval": network.apply_eval(params, batch_stats, images), "train": trained},
+            "class": {"eval": model().eval()(images), "train": model().train()(images)},
+        }
+
+    with jax.default_matmul_precision("highest"):  # accelerators compute less than fp32 when not told
+        return jax.device_get(logits(*variables))
+
+
+def package_trace(case: Case, factory: Factory, precision: str) -> Trace:
+    """The steps of a rule of the package; its metrics where they are those of a trajectory."""
+    with jax.enable_x64(precision == "fp64"), jax.default_matmul_precision("highest"):
+        network, cast = package_network(case, precision)
+        context = make_context(network, case.protocol, case.num_classes, max(1, case.steps // 4))
+        random_params = cast(case.random_params)
+        rule = factory(
+            context._replace(
+                optimizer=recording(context.optimizer),
+                initialise=lambda key: (random_params, network.initialise(key)[1]),
+            )
+        )
+        params = cast(case.variables["params"])
+        state = jax.jit(rule.init)(params, cast(case.variables["batch_stats"]), jax.random.key(0))
+        step, losses = jax.jit(rule.step), []
+        for index, epoch in enumerate(epochs_of(case, precision)):
+            state = state._replace(step=jnp.asarray(index, jnp.int32), epoch=jnp.asarray(epoch, jnp.int32))
+            retain, forget = (Batch(*map(jnp.asarray, batch)) for batch in case.batches[index])
+            params, state, metrics = step(params, state, retain, forget)
+            losses.append(metrics["loss"])
+
+        def is_record(node: Any) -> bool:
+            return isinstance(node, Recorded)
+
+        (recorded,) = filter(is_record, jax.tree.leaves(state.opt_state, is_leaf=is_record))
+        evaluated = jax.jit(network.apply_eval)
+        metrics = {}
+        if precision == "fp64":
+            logits = [evaluated(params, state.batch_stats, batch.images) for batch in (case.test, case.members)]
+            metrics = package_metrics(case, *(np.asarray(values) for values in logits))
+        return Trace(
+            float(losses[0]),
+            to_state_dict({"params": jax.device_get(recorded.first)}),
+            to_state_dict(jax.device_get({"params": params, "batch_stats": state.batch_stats})),
+            metrics,
+        )
+
+
+def package_metrics(case: Case, test: np.ndarray, members: np.ndarray) -> dict[str, float]:
+    test_confidence, member_confidence = (np.asarray(jax.nn.softmax(logits)).max(1) for logits in (test, members))
+    forget = case.test.labels == case.protocol.forget_class
+    correct = test.argmax(1) == case.test.labels
+    args = (correct, case.test.labels, case.protocol.forget_class, member_confidence, test_confidence[forget])
+    return unlearning_metrics(*args)
+
+
+# PyTorch.
+
+
+def tensors(batch: Batch, dtype: torch.dtype) -> harness.Pair:
+    images, labels = (torch.tensor(np.asarray(part)) for part in batch)
+    return images.permute(0, 3, 1, 2).to(dtype), labels.long()
+
+
+def pytorch_model(case: Case, params: Any, precision: str) -> torch.nn.Module:
+    model = models.build(case.protocol, case.num_classes, dropout=0.0)
+    state = to_state_dict({"params": params, "batch_stats": case.variables["batch_stats"]})
+    model.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
+    if precision == "fp64":
+        models.use_depthwise_products(model)
+    return model.to(DTYPES[precision][1])
+
+
+def perturb(model: torch.nn.Module, size: float, draw: int) -> None:
+    """Moves each weight by about `size` times itself."""
+    generator = torch.Generator().manual_seed(draw)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(parameter * (1 + size * noise))
+
+
+def rounding(case: Case, dtype: DTypeLike) -> float:
+    """The relative error that rounding makes in the longest sum of a step, sqrt(n) u: n is the length of a product of
+    weights and inputs, or the number of a batch's pixels, over which BatchNorm and the gradients of weights add."""
+    longest = max(math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(case.variables["params"]))
+    pixels = BATCH_SIZE * math.prod(case.test.images.shape[1:3])
+    return float(math.sqrt(max(longest, pixels)) * np.finfo(dtype).eps / 2)
+
+
+@torch.no_grad()
+def pytorch_logits(case: Case, draw: int | None = None) -> dict[str, np.ndarray]:
+    """`package_logits`; from perturbed weights where there is a `draw`."""
+    model = pytorch_model(case, case.variables["params"], "fp32")
+    if draw is not None:
+        perturb(model, rounding(case, np.float32), draw)
+    images, _ = tensors(case.batches[0][0], torch.float32)
+    return {"eval": model.eval()(images).numpy(), "train": model.train()(images).numpy()}
+
+
+def pytorch_trace(case: Case, name: str, precision: str, draw: int | None = None) -> Trace:
+    """The steps of a baseline of the harness; from perturbed weights where there is a `draw`."""
+    model = pytorch_model(case, case.variables["params"], precision).train()
+    if draw is not None:
+        perturb(model, rounding(case, DTYPES[precision][0]), draw)
+    options = {}
+    if name == "bad_teacher":
+        options["incompetent"] = harness.frozen(pytorch_model(case, case.random_params, precision))
+    step, optimizer = harness.BASELINES[name](model, **options), harness.adam(model, case.protocol)
+    gradients: dict[str, np.ndarray] = {}
+
+    def record(*_: Any) -> None:
+        if not gradients:
+            gradients.update({key: p.grad.clone().numpy() for key, p in model.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(record)
+    dtype, losses = DTYPES[precision][1], []
+    for epoch, (retain, forget) in zip(epochs_of(case, precision), case.batches, strict=False):
+        losses.append(step(optimizer, tensors(retain, dtype), tensors(forget, dtype), epoch))
+    metrics = {}
+    if precision == "fp64":
+        test, (members, _) = (tensors(batch, dtype) for batch in (case.test, case.members))
+        metrics = harness.evaluate(model, test, members, case.protocol.forget_class)
+    state = {key: value.numpy() for key, value in model.state_dict().items() if "num_batches" not in key}
+    return Trace(float(losses[0]), gradients, state, metrics)

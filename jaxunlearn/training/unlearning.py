@@ -1,0 +1,273 @@
+"""The unlearning loop: runs any rule for the epochs of the protocol, all seeds together."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxunlearn.benchmarks import Protocol
+from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
+from jaxunlearn.devices.sharding import over_seeds, place_seeds, place_shared, shard_batch
+from jaxunlearn.errors import UserError, blamed, one_line
+from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
+from jaxunlearn.models.network import Network
+from jaxunlearn.progress import Report
+from jaxunlearn.randomness import Stream, step_keys, stream_key
+from jaxunlearn.registry import Method, build_rule, names
+from jaxunlearn.training.loop import Chunk, Compiled, EpochLoop, Keeper, Timing, batch_sizes, chunks
+
+
+LEAK = "step uses an array of an earlier call: what is kept belongs into RuleState.extra"
+
+
+class Split(NamedTuple):
+    """Which training images are kept and which are to be forgotten: indices i32[R] and i32[F], numpy's or JAX's."""
+
+    retain: Any
+    forget: Any
+
+
+class Carry(NamedTuple):
+    """What an unlearning step changes, for one seed."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    extra: Any
+
+
+class CleanSet(NamedTuple):
+    """The batches a rule's `prepare` looks at: not augmented, in file order."""
+
+    data: Images
+    indices: jax.Array
+    protocol: Protocol
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        size = self.protocol.batch_size
+        for start in range(0, len(self.indices), size):
+            yield clean_batch(self.data, self.indices[start : start + size], self.protocol)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.protocol.batch_size)
+
+
+def epoch_plan(protocol: Protocol, split: Split) -> list[tuple[int, int]]:
+    """The batch sizes (retain, forget) of an epoch's steps.
+
+    "min": as many steps as the smaller of the two has batches. "retain": as many as retain has; the forget images
+    are gone through again and again, in a new order each time.
+
+    Raises:
+      UserError: no step is left (`drop_last` with fewer images than a batch).
+    """
+    retain = batch_sizes(len(split.retain), protocol.batch_size, protocol.drop_last, "retain")
+    forget = batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last, "forget")
+    steps = min(len(retain), len(forget)) if protocol.epoch_length == "min" else len(retain)
+    return [(retain[i], forget[i % len(forget)]) for i in range(steps)]
+
+
+def make_context(network: Network, protocol: Protocol, num_classes: int, steps_per_epoch: int) -> Context:
+    """What a rule is told; the fixed optimizer is Adam."""
+    adam = optax.adam(protocol.unlearn_lr, b1=protocol.adam_b1, b2=protocol.adam_b2, eps=protocol.adam_eps)
+    return Context(
+        **network._asdict(),
+        optimizer=adam,
+        num_classes=num_classes,
+        forget_class=protocol.forget_class,
+        steps_per_epoch=steps_per_epoch,
+        epochs=protocol.unlearn_epochs,
+    )
+
+
+class Unlearning:
+    """One method on a group of seeds. Checks a user's rule against its contract before anything is computed."""
+
+    def __init__(
+        self,
+        method: Method,
+        network: Network,
+        protocol: Protocol,
+        num_classes: int,
+        data: Images,
+        split: Split,
+        mesh: jax.sharding.Mesh,
+        timing: Timing,
+    ):
+        sizes = epoch_plan(protocol, split)
+        self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(map(sum, sizes))
+        self.epochs = protocol.unlearn_epochs
+        self._plan: list[Chunk] = chunks(sizes)  # type: ignore[arg-type]
+        self._protocol, self.mesh, self.timing = protocol, mesh, timing
+        self._data = place_shared(data, mesh)
+        self._split = place_shared(Split(*(part.astype(np.int32) for part in split)), mesh)
+        context = make_context(network, protocol, num_classes, len(sizes))
+        self._initialise = network.initialise
+        self._name, self._rule = method.name, build_rule(method, context)
+        if (
+            method.name not in names()
+        ):  # those of the package are checked by its tests; a trace takes one to three seconds
+            check_rule(method, self._rule, context, sorted(set(sizes)))
+        forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last, "forget"))
+        passes = math.ceil(len(sizes) / forget_batches)
+
+        def draw(key: jax.Array, shared: tuple[Any, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            split, epoch = shared
+            keys = step_keys(key, Stream.UNLEARN, epoch, self.steps_per_epoch, uses=3)
+            retain_key, forget_key = jax.random.split(stream_key(key, Stream.UNLEARN_ORDER, epoch))
+            return keys, (epoch_order(retain_key, split.retain)[0], epoch_order(forget_key, split.forget, passes))
+
+        self._draw = Compiled(over_seeds(draw, mesh), timing)
+        step = _unlearn_step(self._rule, protocol, len(sizes), forget_batches)
+        self._loop = EpochLoop(step, mesh, timing)
+
+    def start(self, params: Any, batch_stats: Any, keys: jax.Array) -> Carry:
+        """The state before the first step. The models given, the seed axis in front, are left as they are."""
+
+        with self.timing("compile_s"):
+            carry = jax.jit(over_seeds(self._init, self.mesh))(
+                (params, batch_stats, place_seeds(keys, self.mesh)), None
+            )
+            jax.block_until_ready(carry)
+        if self._rule.prepare is None:
+            return carry
+        prepared = [self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i]) for i in range(len(keys))]
+        return place_seeds(jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared), self.mesh)
+
+    def abstract(self) -> Carry:
+        """Shapes and dtypes of one seed's state."""
+        key = jax.eval_shape(jax.random.key, 0)
+        return jax.eval_shape(self._init, (*jax.eval_shape(self._initialise, key), key), None)
+
+    def _init(self, own: tuple[Any, Any, jax.Array], shared: None) -> Carry:
+        params, batch_stats, key = own
+        state = self._rule.init(params, batch_stats, stream_key(key, Stream.RULE))
+        # Copies, because the loop donates: a teacher must not share its buffers with the student.
+        return jax.tree.map(jnp.copy, Carry(params, state.batch_stats, state.opt_state, state.extra))
+
+    def _prepare(self, carry: Carry, key: jax.Array) -> Carry:
+        assert self._rule.prepare is not None
+        zero, key = place_shared((jnp.zeros((), jnp.int32), stream_key(key, Stream.RULE)), self.mesh)
+        before = state = RuleState(*carry[1:3], key, carry.extra, zero, zero)
+        sets = (CleanSet(self._data, indices, self._protocol) for indices in self._split)
+        with blamed(f"method '{self._name}': its prepare() failed"):
+            params, state = self._rule.prepare(carry.params, state, *sets)
+            same_form("prepare", ("params", carry.params, params), ("state", before, state))
+        return Carry(params, state.batch_stats, state.opt_state, state.extra)
+
+    def epoch(
+        self,
+        carry: Carry,
+        keys: jax.Array,
+        epoch: int,
+        report: Report = lambda done, metrics: None,
+        first: int = 0,
+        keeper: Keeper | None = None,
+    ) -> tuple[Carry, dict[str, np.ndarray]]:
+        """One epoch of all seeds from step `first` on; `carry` is donated.
+
+        Returns (carry, the rule's metrics f32[S, steps from `first` on]).
+        """
+        keys = place_seeds(keys, self.mesh)
+        drawn = self._draw(keys, (self._split, place_shared(np.int32(epoch), self.mesh)))
+        return self._loop.run(carry, drawn, self._data, epoch, self._plan, report, first, keeper)
+
+
+def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_batches: int) -> Callable[..., Any]:
+    augments = protocol.unlearn_augment
+
+    def step(
+        carry: Carry,
+        seeded: tuple[jax.Array, tuple[jax.Array, jax.Array]],
+        data: Images,
+        epoch: jax.Array,
+        index: jax.Array,
+        sizes: tuple[int, int],
+    ) -> tuple[Carry, dict[str, jax.Array]]:
+        keys, (retain_order, forget_orders) = seeded
+        retain_key, forget_key, rule_key = keys[index]
+        size = protocol.batch_size
+        retain_chosen = jax.lax.dynamic_slice(retain_order, (index * size,), sizes[:1])
+        place = (index // forget_batches, index % forget_batches * size)
+        forget_chosen = jax.lax.dynamic_slice(forget_orders, place, (1, sizes[1]))[0]
+        retain, forget = (
+            shard_batch(
+                augmented_batch(data, chosen, key, protocol) if augments else clean_batch(data, chosen, protocol)
+            )
+            for chosen, key in ((retain_chosen, retain_key), (forget_chosen, forget_key))
+        )
+        state = RuleState(carry.batch_stats, carry.opt_state, rule_key, carry.extra, epoch * steps + index, epoch)
+        params, state, metrics = rule.step(carry.params, state, retain, forget)
+        return Carry(params, state.batch_stats, state.opt_state, state.extra), metrics
+
+    return step
+
+
+def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Sequence[tuple[int, int]]) -> None:
+    """Traces a rule on abstract batches of `sizes` (retain, forget), for seeds together, as it runs.
+
+    Raises UserError, in one line, where it does not keep the contract.
+    """
+    try:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params, batch_stats = jax.eval_shape(context.initialise, key)
+        for pair in sizes:  # a further trace also meets what the one before has left behind in the rule
+            state = jax.eval_shape(jax.vmap(rule.init), *map(_one_seed, (params, batch_stats, key)))
+            if not isinstance(state, RuleState):
+                raise TypeError(f"init returned {type(state).__name__}, it must return a RuleState")
+            same_form("init", ("batch_stats", batch_stats, _alone(state.batch_stats)))
+            state = state._replace(step=_alone(state.step), epoch=_alone(state.epoch))
+            together = jax.vmap(rule.step, (0, RuleState(0, 0, 0, 0, None, None), 0, 0))  # type: ignore[arg-type]
+            batches = (_one_seed(_abstract_batch(size)) for size in pair)
+            program, result = jax.make_jaxpr(together, return_shape=True)(_one_seed(params), state, *batches)
+            if any(isinstance(constant, jax.core.Tracer) for constant in program.consts):
+                raise TypeError(LEAK)
+            if not isinstance(result, tuple) or len(result) != 3:
+                raise TypeError("step must return (params, state, metrics)")
+            state = RuleState(*_alone(state[:4]), state.step, state.epoch)  # type: ignore[call-arg]
+            same_form("step", ("params", params, _alone(result[0])), ("state", state, _alone(result[1])))
+            metrics = _alone(result[2])
+            if not isinstance(metrics, dict) or "loss" not in metrics:
+                raise TypeError("step's metrics must be a dict with at least 'loss'")
+            if wrong := [name for name, value in metrics.items() if value.shape != () or not _is_real(value)]:
+                raise TypeError(f"step's metric '{wrong[0]}' is not a scalar, or no real number")
+    except KeyboardInterrupt:
+        raise
+    except jax.errors.UnexpectedTracerError as error:
+        raise UserError(f"method '{method.name}' does not keep the rule contract: {LEAK}") from error
+    except UserError as error:
+        raise UserError(f"method '{method.name}': {error}") from error
+    except BaseException as error:  # a user's code may raise SystemExit
+        raise UserError(f"method '{method.name}' does not keep the rule contract: {one_line(error)}") from error
+
+
+def _abstract_batch(size: int) -> Batch:
+    return jax.eval_shape(lambda: Batch(jnp.zeros((size, 32, 32, 3)), jnp.zeros(size, jnp.int32)))
+
+
+def _is_real(value: Any) -> bool:
+    return any(jnp.issubdtype(value.dtype, kind) for kind in (np.bool_, np.integer, np.floating))
+
+
+def _one_seed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
+
+
+def _alone(tree: Any) -> Any:
+    """Shapes without the seed axis that `vmap` put in front."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+
+
+def same_form(what: str, *trees: tuple[str, Any, Any]) -> None:
+    """Raises TypeError where `what` changed the structure, a shape or a dtype: trees are (name, before, after)."""
+    for name, before, after in trees:
+        if str(jax.tree.structure(before)) != str(jax.tree.structure(after)):
+            raise TypeError(f"{what} changed the structure of {name}")
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                old_form, new_form = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (old, new))
+                raise TypeError(f"{what} changed {name} from {old_form} to {new_form}")
