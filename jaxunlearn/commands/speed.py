@@ -70,8 +70,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from jaxunlearn.data.datasets import DATASETS
 
     classes = DATASETS[protocol.dataset].num_classes
-    sides = [Side(speed.serve, protocol, classes, args.seeds, args.devices)]
     other = "torch" if args.against else "one seed" if args.seeds > 1 else None
+    serves: list[tuple[Any, ...]] = [(speed.serve, protocol, classes, args.seeds, args.devices)]
     if args.against:
         try:
             from jaxunlearn.torch_reference import speed as torch_speed
@@ -79,9 +79,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if error.name != "torch":
                 raise
             raise UserError(f"--against torch needs PyTorch: {INSTALL_TORCH}") from None
-        sides.append(Side(torch_speed.serve, protocol, classes))
+        serves.append((torch_speed.serve, protocol, classes))
     elif other:
-        sides.append(Side(speed.serve, protocol, classes, 1, args.devices))
+        serves.append((speed.serve, protocol, classes, 1, args.devices))
+    sides = [Side(*serve) for serve in serves]
     rows = {}
     for name in speed.QUANTITIES:
         pairs = [[side.ask(name) for side in sides] for _ in range(PAIRS)]

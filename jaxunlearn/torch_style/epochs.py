@@ -16,6 +16,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from jaxunlearn.errors import UserError
 
+ESCAPED = (
+    "a value made inside a closure (or inside lax.cond, jax.grad, ...) is used outside it: "
+    "return it from there, as in `loss, logits = optimizer.step(closure)`"
+)
 MOST_PROGRAMS = 4  # without a warning
 
 # What a function with custom derivatives carries of them, made anew in every trace. The step is not differentiated.
@@ -47,8 +51,7 @@ def switch_epochs(function: Callable[..., Any], epochs: int) -> Callable[..., An
         for number in range(epochs):
             closed, outputs = jax.make_jaxpr(partial(function, number), return_shape=True)(*arguments)
             if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
-                message = "a value made inside a closure (or inside lax.cond, jax.grad, ...) is used outside it"
-                raise UserError(f"{message}: return it from there, as in `loss, logits = optimizer.step(closure)`")
+                raise UserError(ESCAPED)
             if number == 0:
                 first = outputs
             elif changed := sorted(_paths(first) ^ _paths(outputs)):

@@ -15,7 +15,7 @@ from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule, init_state
 from jaxunlearn.models.network import Network
 from jaxunlearn.torch_style.attributes import Attributes, Rest, first_attributes, join, next_arrays
-from jaxunlearn.torch_style.epochs import switch_epochs
+from jaxunlearn.torch_style.epochs import ESCAPED, switch_epochs
 from jaxunlearn.torch_style.interface import Optimizer
 from jaxunlearn.torch_style.models import Generator, Model, jitted
 
@@ -136,6 +136,8 @@ def advice(error: Exception) -> str:
     if isinstance(error, jax.errors.ConcretizationTypeError):
         what = ".item(), float() and int() ask for the value of an array"
         return f"{what}, {unknown}: keep the array, and return a metric as it is"
+    if isinstance(error, jax.errors.UnexpectedTracerError):
+        return ESCAPED
     if isinstance(error, AttributeError) and error.name in INSTEAD:
         return f".{error.name} is PyTorch's: {INSTEAD[error.name]}"
     return one_line(error)

@@ -20,7 +20,6 @@ from jaxunlearn.randomness import Stream, step_keys, stream_key
 from jaxunlearn.registry import Method, build_rule, names
 from jaxunlearn.training.loop import Chunk, Compiled, EpochLoop, Keeper, Timing, batch_sizes, chunks
 
-
 LEAK = "step uses an array of an earlier call: what is kept belongs into RuleState.extra"
 
 

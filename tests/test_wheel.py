@@ -1,0 +1,94 @@
+"""The package as it is installed: a wheel in an environment of its own, outside the checkout."""
+
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCH = "resnet20-digits-class0"
+RULE = """
+from jaxunlearn.methods.rule import cross_entropy, loss_rule
+
+@loss_rule
+def my_rule(student, retain, forget, *, weight: float = 0.5):
+    return weight * cross_entropy(student(retain.images), retain.labels)
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools would take what an earlier build has left beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "jaxunlearn", folder / "source" / "jaxunlearn", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*build, str(folder / "source")], check=True, capture_output=True, text=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def run(wheel, tmp_path_factory):
+    """Runs a command of an environment that has the wheel and the libraries, but not the checkout."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "env"], cwd=folder, check=True)
+    python = folder / "env" / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True, text=True)
+    own = next((folder / "env").glob("lib/python*/site-packages"))
+    # Folders named in a .pth file do not have theirs read, so an editable install of the checkout is not seen.
+    (own / "libraries.pth").write_text("\n".join(site.getsitepackages()))
+
+    def run(command, *arguments):
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GLIBC_TUNABLES")}
+        environment = kept | {"XDG_CACHE_HOME": str(folder / "cache")}
+        words = [str(folder / "env" / "bin" / command), *arguments]
+        return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_every_file_of_the_package_is_in_the_wheel(wheel):
+    there = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("jaxunlearn/")}
+    files = (path for path in (ROOT / "jaxunlearn").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert there == {path.relative_to(ROOT).as_posix() for path in files}
+
+
+def test_the_command_runs_a_benchmark(run):
+    where = run("python", "-c", "import jaxunlearn; print(jaxunlearn.__file__)")
+    assert "elsewhere" in where.stdout
+    arguments = ("--bench", BENCH, "--pretrain-epochs", "1", "--unlearn-epochs", "1", "--method", "retain_finetune")
+    done = run("jaxunlearn", "bench", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "retain_finetune" in done.stdout and "pretrained" in done.stdout
+    for wrong, said in ((["bnch"], "invalid choice"), ([], "required: COMMAND")):
+        done = run("jaxunlearn", *wrong)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert {"bench", "speed", "parity"} <= set(run("jaxunlearn", "--help").stdout.split())
+
+
+def test_the_readmes_lines_run_from_python(run):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = (block for block in blocks if "jaxunlearn.run(" in block)
+    smaller = lines.replace("seeds=range(4)", "seeds=range(2), pretrain_epochs=1, unlearn_epochs=1, force=True")
+    assert smaller != lines
+    done = run("python", "-c", RULE + smaller)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "my_rule" in done.stdout and "±" in done.stdout
+
+
+def test_what_needs_pytorch_says_so_in_one_line(run):
+    blocked = "import sys; sys.modules['torch'] = None; from jaxunlearn.commands.main import main; sys.exit(main())"
+    for command in (["parity", "--bench", BENCH], ["speed", "--bench", BENCH, "--against", "torch"]):
+        done = run("python", "-c", blocked, *command)
+        assert done.returncode == 2 and "pip install 'torch>=2.10'" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
