@@ -82,7 +82,7 @@ def run(
     from jaxunlearn.devices.configuration import request_devices
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
-    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings
+    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, settled
     from jaxunlearn.runs.running import results
 
     def path(given: str | Path | None) -> Path | None:
@@ -92,11 +92,11 @@ def run(
     weights = path(init_weights)
     settings = parse_settings([f"{name}={_text(value)}" for name, value in (set or {}).items()])
     fields = settings.pop("protocol", {}) | {name: _text(value) for name, value in protocol.items()}
-    settled = make_protocol(bench, {}, fields, weights)
+    made = make_protocol(bench, {}, fields, weights)
     request_devices(devices)
     request = Request(
         bench=bench,
-        protocol=settled,
+        protocol=settled(made, fields),
         methods=get_methods(methods, settings),
         seeds=chosen,
         out=path(out) or Path(),

@@ -16,7 +16,7 @@ CHOICES = {
     "resnet_shortcut": ("B", "A"),
     "mobilenet_stride": (1, 2),
     "pretrain_schedule": ("cosine", "constant"),
-    "precision": ("fp32", "bf16"),
+    "precision": ("fp32", "tf32", "bf16"),
 }
 MOST = 1_000_000  # epochs, and images a batch: steps compute with them in 32 bits
 MOST_SEEDS = 10_000  # that train together
@@ -47,7 +47,7 @@ class Protocol:
     resnet_shortcut: str = "B"  # I  1x1 convolution + BatchNorm; "A" has no parameters
     mobilenet_stride: int = 1  # A  of the 24-channel stage
     mobilenet_dropout: float = 0.0  # A  before the linear layer
-    precision: str = "fp32"  # of the computation; parameters and statistics are always fp32
+    precision: str = "fp32"  # of the computation, on a GPU "tf32"; parameters and statistics are always fp32
 
     # Pretraining: SGD, decay on all parameters (K).
     pretrain_epochs: int = 80  # K

@@ -87,7 +87,7 @@ def test_unknown_benchmark_names_the_nearest():
         ("crop_padding", "edge", "choose from zero, reflect"),
         ("resnet_shortcut", "C", "choose from B, A"),
         ("mobilenet_stride", 3, "choose from 1, 2"),
-        ("precision", "fp16", "choose from fp32, bf16"),
+        ("precision", "fp16", "choose from fp32, tf32, bf16"),
         ("pretrain_schedule", "step", "choose from cosine, constant"),
         *(
             (name, 0, f"{name} is 0: it must be at least 1")

@@ -248,3 +248,26 @@ def test_locks_are_held_and_released(tmp_path):
         pass
     with locked([entry(tmp_path, seed=1)]):
         assert len(list((tmp_path / "locks").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "said", "used"),
+    [("NVIDIA H200", "fp32", False, False), ("NVIDIA H200", "fp32", True, True), ("NVIDIA H200", "bf16", False, True),
+     ("NVIDIA H200", "tf32", True, True), ("cpu", "fp32", False, True)],
+)  # fmt: skip
+def test_what_a_gpu_computed_in_tf32_is_not_taken_for_fp32(tmp_path, monkeypatch, device, precision, said, used):
+    one = entry(tmp_path, dataclasses.replace(PROTOCOL, precision=precision))
+    save = Checkpointer.save
+
+    def altered(self, *arguments, custom_metadata, **options):
+        kept = {name: value for name, value in custom_metadata.items() if said or name != "arithmetic"}
+        save(self, *arguments, custom_metadata=kept | {"device": device}, **options)
+
+    monkeypatch.setattr(Checkpointer, "save", altered)
+    save_together([one], [saved(3)])
+    if used:
+        assert_same(load_together([one], ABSTRACT)[0], saved(3))
+    else:
+        with pytest.warns(UserWarning, match="it was computed in TF32"):
+            assert load_together([one], ABSTRACT) == [None]
+        assert list(one.folder.glob("epoch0003.damaged-*"))

@@ -31,6 +31,8 @@ def make(method, seed=0, values=(0.9, 0.0, 0.5), hyperparameters=None, bench=DIG
         "before": scores(0.95 + 0.01 * seed, 0.9, 0.7),
         "hyperparameters": DEFAULTS.get(method, {}) | (hyperparameters or {}),
         "timing": {"unlearn_s": 10.0 + seed, "evaluate_s": 0.5},
+        "protocol": {"precision": "tf32"},
+        "environment": {"device_kind": "NVIDIA H200"},
     }
 
 
@@ -38,6 +40,10 @@ def render(records, file=None):
     file = file or io.StringIO()
     tables.print_results(records, defaults=DEFAULTS, members=500, non_members=100, file=file)
     return file.getvalue()
+
+
+def test_the_heading_says_what_the_numbers_were_computed_in_and_on():
+    assert line(render([make("scrub")]), DIGITS).endswith("(tf32, NVIDIA H200)")
 
 
 def line(text, start):

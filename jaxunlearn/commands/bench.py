@@ -30,7 +30,7 @@ FLAGS = {
     "crop_padding": "what surrounds an image before the random crop",
     "mobilenet_stride": "stride of MobileNetV2's 24-channel stage",
     "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A)",
-    "precision": "of the computation; parameters and statistics stay fp32",
+    "precision": "of the computation (default: fp32, on a GPU tf32); parameters and statistics stay fp32",
 }
 SWITCHES = ("drop_last", "mia_augment")  # further ones, that only turn something on
 
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxunlearn.devices.processes import join, keep_stdout_for_results, watched
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
-    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings
+    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, settled
 
     if args.list:
         print("benchmarks:", *(f"  {name}" for name in BENCHMARKS), sep="\n")
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     with watched():
         request = Request(
             bench=args.bench,
-            protocol=protocol,
+            protocol=settled(protocol, changes),
             methods=get_methods(args.method, settings),
             seeds=seeds,
             out=args.out,

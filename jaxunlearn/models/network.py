@@ -13,8 +13,9 @@ from jaxunlearn.models.initialisation import initial_variables
 
 PyTree = Any
 
-# Of the computation. "fp64" is for comparisons (with x64 enabled), not for the command line.
-DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp64": jnp.float64}
+# Of the computation. What tells tf32 from fp32 is `devices.configuration.computing`; a CPU has no tf32. "fp64" is for
+# comparisons (with x64 enabled), not for the command line.
+DTYPES = {"fp32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16, "fp64": jnp.float64}
 
 
 class Network(NamedTuple):

@@ -101,7 +101,8 @@ def print_results(
         lines = [_cells(row, joint + plus_minus, joint, starred) for row in rows]
         return _table([*SHOWN, "seeds", "seconds"], lines, joint)
 
-    console.print(f"{bench}, best symmetric_score first", style="bold")
+    precision, device = records[0]["protocol"]["precision"], records[0]["environment"]["device_kind"]
+    console.print(f"{bench}, best symmetric_score first ({precision}, {device})", style="bold")
     _print_table(console, results)
     if starred:
         console.print("* above retraining from scratch: inverted membership, not better forgetting")

@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxunlearn.benchmarks import MOST_SEEDS, Protocol, get_benchmark
+from jaxunlearn.devices.configuration import default_precision
 from jaxunlearn.errors import UserError
 from jaxunlearn.registry import BASELINES, Method, Named, get_method, parse_value, title_of
 from jaxunlearn.results.records import record_path
@@ -36,10 +39,12 @@ class Request:
     force: bool = False
 
     def record_path(self, method: Method, seed: int) -> Path:
-        """Where the record of a method and seed is kept: apart from the benchmark's own if any setting differs."""
+        """Where the record of a method and seed is kept: apart from the benchmark's own on a CPU if anything differs."""
         own, used = dataclasses.asdict(get_benchmark(self.bench)), dataclasses.asdict(self.protocol)
         differs = {name: value for name, value in used.items() if value != own[name]}
         differs |= {f"{method.name}.{k}": v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
+        if (platform := jax.default_backend()) != "cpu":
+            differs["platform"] = platform
         return record_path(self.out, self.bench, method.name, seed, differs)
 
     @property
@@ -101,6 +106,13 @@ def make_protocol(
     if init_weights is not None:
         parsed["init_weights"] = _digest(init_weights)
     return dataclasses.replace(own, **changes, **parsed)
+
+
+def settled(protocol: Protocol, chosen: Container[str]) -> Protocol:
+    """The protocol in the platform's precision, unless the benchmark has another or it is among the `chosen` fields."""
+    if "precision" in chosen or protocol.precision != "fp32":
+        return protocol
+    return dataclasses.replace(protocol, precision=default_precision())
 
 
 def _digest(weights: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxunlearn.devices.configuration import programs_kept
+from jaxunlearn.devices.configuration import computing, programs_kept
 from jaxunlearn.devices.processes import leads, meet
 from jaxunlearn.devices.sharding import fetch, make_mesh, place_seeds
 from jaxunlearn.errors import WriteError, one_line
@@ -29,13 +29,16 @@ from jaxunlearn.training.resuming import Start, train
 def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Runs every method; yields each record once it is written, and a warning where something was not."""
     request = run.request
-    with programs_kept(request.cache_dir), jax.set_mesh(run.mesh), ExitStack() as locks:
+    with ExitStack() as stack:
+        stack.enter_context(programs_kept(request.cache_dir))
+        stack.enter_context(computing(request.protocol.precision))
+        stack.enter_context(jax.set_mesh(run.mesh))
         pretrained = run.given or _train_or_load(run, without=None)
         before = Scored(pretrained, _evaluate(run, pretrained))
         common = dict(run.timing)
         entries = {m.name: _unlearn_entries(run, m) for m in request.methods if m.name in run.unlearnings}
         unfinished = list(itertools.chain(*entries.values()))
-        locks.enter_context(locked(unfinished))  # all at once: two processes must not wait for each other
+        stack.enter_context(locked(unfinished))  # all at once: two processes must not wait for each other
         for method in request.methods:
             run.timing.clear()
             if method.name == RETRAIN:

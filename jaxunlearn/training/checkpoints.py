@@ -189,6 +189,8 @@ def load(entry: Entry, position: Position, abstract: dict[str, jax.ShapeDtypeStr
         saved = Saved(leaves, position, about.get("seconds", 0.0), about.get("diverged"))
         if about.get("digest") != _digest(entry, saved):
             raise ValueError("it is not what was written")
+        if about.get("precision") == "fp32" and about.get("device", "cpu") != "cpu" and "arithmetic" not in about:
+            raise ValueError("it was computed in TF32, before that was said")
         return saved
     except (MemoryError, PermissionError):
         raise  # nothing is wrong with the checkpoint
@@ -209,6 +211,7 @@ def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
         for entry, one in zip(entries, saved, strict=True):
             written = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
             written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+            written |= {"arithmetic": entry.about["precision"]}  # before, GPUs' fp32 was TF32
             leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
             about = entry.about | group | written
             _orbax().save(entry.path(one.position), orbax.args.PyTreeSave(leaves), custom_metadata=about, force=True)
