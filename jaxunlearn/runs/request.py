@@ -39,7 +39,7 @@ class Request:
     force: bool = False
 
     def record_path(self, method: Method, seed: int) -> Path:
-        """Where the record of a method and seed is kept: apart from the benchmark's own on a CPU if anything differs."""
+        """Where a method's record of a seed is kept: apart from the benchmark's own on a CPU if anything differs."""
         own, used = dataclasses.asdict(get_benchmark(self.bench)), dataclasses.asdict(self.protocol)
         differs = {name: value for name, value in used.items() if value != own[name]}
         differs |= {f"{method.name}.{k}": v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
