@@ -2,14 +2,17 @@
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.files import default_cache
 
 if TYPE_CHECKING:
     import pandas
+
+Named = str | Path | Callable[..., Any]  # a method: by name, by file, or itself
 
 
 class Records(list[dict[str, Any]]):
@@ -29,15 +32,17 @@ class Records(list[dict[str, Any]]):
 
     def frame(self) -> "pandas.DataFrame":
         """A row a record, a column a value, such as `retain_acc` and `before.retain_acc`. Needs pandas."""
-        import pandas
-
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise UserError("frame() needs pandas: pip install pandas") from None
         return pandas.json_normalize(self)
 
 
 def run(
     bench: str,
-    methods: Sequence[str | Path | Callable[..., Any]] | None = None,
-    seeds: Iterable[int] | str = (42,),
+    methods: Named | Iterable[Named] | None = None,
+    seeds: int | Iterable[int] | str = 42,
     *,
     set: Mapping[str, Any] | None = None,
     init_weights: str | Path | None = None,
@@ -79,44 +84,72 @@ def run(
       UserError: something is wrong with the arguments, or results cannot be written; its message is one line.
       KeyboardInterrupt: the run was interrupted.
     """
-    from jaxunlearn.devices.configuration import request_devices
+    from jaxunlearn.devices.configuration import request_devices, restored
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
-    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, settled
+    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, settled
     from jaxunlearn.runs.running import results
 
-    def path(given: str | Path | None) -> Path | None:
-        return None if given is None else Path(given).expanduser()
-
-    chosen = parse_seeds(seeds if isinstance(seeds, str) else ",".join(map(str, seeds)))
-    weights = path(init_weights)
-    settings = parse_settings([f"{name}={_text(value)}" for name, value in (set or {}).items()])
+    if not isinstance(save_every, int | float) or not isinstance(devices, int | None):
+        raise UserError(f"save_every is {save_every!r} and devices {devices!r}: they must be numbers")
+    weights = _path("init_weights", init_weights)
+    settings = _settings(set or {})
     fields = settings.pop("protocol", {}) | {name: _text(value) for name, value in protocol.items()}
-    made = make_protocol(bench, {}, fields, weights)
-    request_devices(devices)
-    request = Request(
-        bench=bench,
-        protocol=settled(made, fields),
-        methods=get_methods(methods, settings),
-        seeds=chosen,
-        out=path(out) or Path(),
-        cache_dir=path(cache_dir) or default_cache(),
-        data_dir=path(data_dir),
-        init_weights=weights,
-        export_weights=path(export_weights),
-        devices=devices,
-        save_every=save_every,
-        force=force,
-    )
-    prepared = prepare(request, Reporter(quiet))
-    found = []
-    for record, kept in results(prepared):
-        found.append(record)
-        if kept:
-            warnings.warn(kept, stacklevel=2)
+    made = make_protocol(str(bench), {}, fields, weights)
+    chosen = parse_seeds(str(seeds) if isinstance(seeds, int | str) else ",".join(map(str, seeds)))
+    with restored("jax_cpu_enable_async_dispatch"):  # which a CPU reads once, when it is first used
+        request_devices(devices)
+        request = Request(
+            bench=bench,
+            protocol=settled(made, fields),
+            methods=get_methods(_methods(methods), settings),
+            seeds=chosen,
+            out=_path("out", out) or Path("runs"),
+            cache_dir=_path("cache_dir", cache_dir) or default_cache(),
+            data_dir=_path("data_dir", data_dir),
+            init_weights=weights,
+            export_weights=_path("export_weights", export_weights),
+            devices=devices,
+            save_every=save_every,
+            force=force,
+        )
+        prepared = prepare(request, Reporter(quiet))
+        found = []
+        for record, kept in results(prepared):
+            found.append(record)
+            if kept:
+                warnings.warn(kept, stacklevel=2)
     return Records(found, prepared.table_facts)
 
 
+def _methods(given: Named | Iterable[Named] | None) -> list[Named] | None:
+    if given is None:
+        return None
+    several = [given] if isinstance(given, str | Path) or callable(given) else list(given)
+    return [m if callable(m) or not str(m).endswith(".py") else _path("methods", m) or m for m in several]
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """As `parse_settings` makes them of what is typed."""
+    settings: dict[str, dict[str, str]] = {}
+    for name, value in given.items():
+        owner, _, key = name.rpartition(".")
+        if not (owner and key):
+            raise UserError(f"set: '{name}': write METHOD.KEY, such as scrub.temperature")
+        settings.setdefault(owner, {})[key] = _text(value)
+    return settings
+
+
 def _text(value: Any) -> str:
-    """A setting as it would be typed; numpy's scalars as Python's."""
-    return value if isinstance(value, str) else repr(getattr(value, "item", lambda: value)())
+    """A setting as it would be typed; NumPy's values as Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, tuple | list):
+        value = tuple(item.tolist() if hasattr(item, "tolist") else item for item in value)
+    return value if isinstance(value, str) else repr(value)
+
+
+def _path(name: str, given: str | Path | None) -> Path | None:
+    try:
+        return None if given is None else Path(given).expanduser()
+    except (RuntimeError, TypeError) as error:  # of ~nobody, and of what is no path
+        raise UserError(f"{name}: {one_line(error)}") from None

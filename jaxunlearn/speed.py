@@ -1,4 +1,4 @@
-"""Bursts of pretraining and unlearning steps on synthetic images, timed on request: what `scripts/speed.py` runs.
+"""Bursts of pretraining and unlearning steps on synthetic images, timed on request: what `jaxunlearn speed` runs.
 
 Each side of a comparison is a process of its own that waits for the name of a quantity, runs a burst of its steps and
 answers with the seconds of one step. So two sides take turns, a burst each, and share whatever the machine is doing.

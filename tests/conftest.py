@@ -1,6 +1,11 @@
-"""Four devices for every test, and the tiny models for those that ask for them."""
+"""Four CPU devices for every test, and the tiny models for those that ask for them.
+
+On a machine with an accelerator too: `JAX_PLATFORMS=cuda python -m pytest` runs what does not assume a CPU there.
+"""
 
 import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
@@ -13,6 +18,15 @@ from jaxunlearn.models import MODELS
 os.environ.setdefault("NPROC", "16")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 4)
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "cpu":
+        return
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32, as the comparisons mean it
+    for item in items:
+        if item.get_closest_marker("cpu"):
+            item.add_marker(pytest.mark.skip(reason="assumes a CPU"))
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,11 @@ from jaxunlearn.torch_style import UnlearningMethod
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 __all__ = ["bench"]  # a fixture
-SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_cpu_enable_async_dispatch",
+)
 
 
 @pytest.fixture
@@ -115,9 +119,9 @@ def test_an_interrupted_unlearning_by_a_function_starts_again(run, tmp_path, mon
 
 
 def test_settings_of_jax_that_were_made_before_stay(run, tmp_path, monkeypatch):
-    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    before = {name: jax.config.values[name] for name in SETTINGS}
     run()
-    assert {name: getattr(jax.config, name) for name in SETTINGS} == before
+    assert {name: jax.config.values[name] for name in SETTINGS} == before
     assert any((tmp_path / "cache" / "xla").iterdir())
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     try:
@@ -153,7 +157,7 @@ def test_every_flag_is_a_keyword():
         ({"seeds": [1.5]}, "--seeds 1.5: write"),
         ({"seeds": [1, 1]}, "each seed once"),
         ({"set": {"scrub.heat": 1}}, "'scrub' is not among the methods"),
-        ({"set": {"heat": 1}}, "write NAME.KEY=VALUE"),
+        ({"set": {"heat": 1}}, "write METHOD.KEY"),
         ({"methods": ["scrubb"]}, "did you mean 'scrub'"),
         ({"methods": [lambda context: None]}, "rename the function or class, to letters and digits"),
         ({"methods": [my_rule, my_rule]}, "each method once"),
@@ -161,7 +165,12 @@ def test_every_flag_is_a_keyword():
         ({"methods": [dict]}, "the class has no `unlearn_step`"),
         ({"methods": [Protocol]}, "'Protocol': the class has no `unlearn_step`"),
         ({"methods": [3]}, "unknown method '3'"),
+        ({"methods": []}, "at least one"),
         ({"save_every": -1}, "--save-every -1"),
+        ({"save_every": None}, "they must be numbers"),
+        ({"devices": "2"}, "they must be numbers"),
+        ({"cache_dir": "~nobody-of-this-name/x"}, "cache_dir: RuntimeError"),
+        ({"mean": np.zeros(2)}, "three values each"),
         ({"devices": 1000}, "--devices 1000"),
         ({"init_weights": "absent.npz"}, "absent.npz: no such file"),
     ],
@@ -174,6 +183,26 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(run, tmp_path, options, sa
     assert not list(tmp_path.iterdir())
 
 
+def test_single_values_need_no_list_and_arrays_are_values(run):
+    (record,) = run("retain_finetune", 7, mean=np.full(3, 0.5), unlearn_epochs=np.int64(1))
+    assert (record["method"], record["seed"]) == ("retain_finetune", 7)
+    assert record["protocol"]["mean"] == (0.5, 0.5, 0.5) and record["protocol"]["unlearn_epochs"] == 1
+    assert run(my_rule, iter([8]))[0]["method"] == "my_rule"
+
+
+def test_the_table_is_text_in_a_notebook_and_where_colours_are_forced(run, monkeypatch):
+    records = run()
+    text = records.table()
+    assert "retain_finetune" in text
+
+    class ZMQInteractiveShell:  # what rich takes for Jupyter
+        config = ()
+
+    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert records.table() == text
+
+
 def test_a_kept_record_is_a_warning(run, tmp_path):
     run()
     path = tmp_path / "runs" / BENCH / "retain_finetune" / "seed42.json"
@@ -184,12 +213,16 @@ def test_a_kept_record_is_a_warning(run, tmp_path):
 
 
 def test_a_machine_with_a_gpu_that_jax_does_not_use_is_told(run, monkeypatch):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    platforms = jax.config.jax_platforms
     monkeypatch.setattr(configuration, "glob", SimpleNamespace(glob=lambda pattern: ["/dev/nvidia0"]))
-    with pytest.warns(UserWarning, match=r"^this machine has an NVIDIA device, but JAX computes on the CPU: .*cuda"):
+    try:
+        jax.config.update("jax_platforms", None)
+        with pytest.warns(UserWarning, match=r"^this machine has an NVIDIA device, but JAX .* CPU: .*cuda"):
+            run()
+        jax.config.update("jax_platforms", "cpu")  # as the user wishes
         run()
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # as the user wishes
-    run()
+    finally:
+        jax.config.update("jax_platforms", platforms)
 
 
 def test_importing_the_package_loads_nothing_slow():

@@ -14,6 +14,7 @@ from tiny import PROTOCOL
 
 from jaxunlearn import benchmarks
 from jaxunlearn.commands.main import main
+from jaxunlearn.torch_style import baselines
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -81,7 +82,7 @@ def test_a_rule_of_the_users_own_and_its_settings(bench, tmp_path):
 
 
 def test_a_class_of_the_pytorch_harness_is_a_method(bench):
-    file = Path(__file__).parent / "torch_style_methods" / "torch_scrub.py"
+    file = Path(baselines.__file__).parent / "torch_scrub.py"
     arguments = ("--method", str(file), "--set", "torch_scrub.forget_epochs=1", "--seeds", "0-1", "--devices", "1")
     status, out, err = bench("--bench", BENCH, *arguments, "--json")
     records = [json.loads(line) for line in out.splitlines()]

@@ -162,6 +162,22 @@ def test_rules_that_would_fail_after_pretraining(body, result, message, inside):
             check_rule(method, build_rule(method, context()), context(), sizes)
 
 
+def test_what_a_rule_keeps_to_itself_is_met_with_one_size_of_batches_too(inside):
+    (inside / "mine.py").write_text(
+        "from jaxunlearn.methods import retain_finetune\n"
+        "def rule(context):\n"
+        "    inner, kept = retain_finetune.rule(context), []\n"
+        "    def step(params, state, retain, forget):\n"
+        "        kept.append(retain.images.mean())\n"
+        "        params, state, metrics = inner.step(params, state, retain, forget)\n"
+        "        return params, state, metrics | {'first': kept[0]}\n"
+        "    return inner._replace(step=step)\n"
+    )
+    method = get_method("mine.py")
+    with pytest.raises(UserError, match="an array of an earlier call"):
+        check_rule(method, build_rule(method, context()), context(), [(4, 4)])
+
+
 def test_a_keyboard_interrupt_stays_one(inside):
     (inside / "mine.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):

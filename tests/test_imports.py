@@ -60,11 +60,11 @@ def imports(name, text, known):
 
 def broken(name, text, known):
     """What is against the order in the text of a module, one line each."""
-    own = name.partition(".")[0]
+    own, file = name.partition(".")[0], known[name].relative_to(PACKAGE.parent)
     for line, target in imports(name, text, known):
         room = target.partition(".")[0]
         if ROW[room] > ROW[own] or (ROW[room] == ROW[own] and room != own):
-            yield f"jaxunlearn/{name.replace('.', '/')}.py:{line} imports '{target}', which comes after '{own}'"
+            yield f"{file}:{line} imports '{target}', which comes after '{own}'"
 
 
 def test_every_module_has_its_place_in_the_order():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_leaves_the_users_setting_alone():
     [
         ([], True),
         (["-u"], True),
-        (["-O", "-B"], True),
+        (["-OB", "-W", "ignore", "-Xutf8"], True),
         (["-i"], False),  # a shell afterwards, with what the script has made
         (["-m", "pdb", "-c", "continue", "-c", "quit"], False),
         (["-m", "cProfile"], False),
@@ -72,3 +73,20 @@ def test_the_package_as_a_module_is_a_plain_start(tmp_path):
     code = f"import jaxunlearn; jaxunlearn.__path__.insert(0, {str(tmp_path / 'jaxunlearn')!r})"
     (tmp_path / "sitecustomize.py").write_text(code)
     assert start("-m", "jaxunlearn", "-x", PYTHONPATH=str(tmp_path)) == ["plain ['-x']"]
+
+
+def test_a_script_from_stdin_is_not_started_again():
+    options = {"input": PLAIN, "capture_output": True, "text": True, "check": True}
+    assert subprocess.run([sys.executable, "-"], **options).stdout.startswith("not plain")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="for glibc")
+@pytest.mark.parametrize("command", [["scripts/bench.py"], ["-m", "jaxunlearn", "bench"]])
+def test_the_commands_keep_memory(tmp_path, command):
+    probe = tmp_path / "probe.py"
+    probe.write_text("import os\nraise SystemExit(os.environ.get('GLIBC_TUNABLES'))\n")
+    inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    arguments = ["--bench", "resnet20-digits-class0", "--method", str(probe)]
+    options = {"cwd": Path(__file__).parent.parent, "env": inherited, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *command, *arguments], **options)
+    assert done.returncode == 2 and KEEP in done.stderr

@@ -44,15 +44,21 @@ class Pair:
             time.sleep(0.002)
         return running
 
-    def finish(self, **options):
-        """Runs to the end; returns what the first said on stdout, and how far its checkpoints were at every moment."""
-        running, seen = self.start(**options), []
+    def finish(self, watch=lambda: None, **options):
+        """Runs to the end, calling `watch` all the while; returns what the first said on stdout."""
+        running = self.start(**options)
         while None in [process.poll() for process in running]:
-            seen.append(self.jobs[0].progress())
+            watch()
             time.sleep(0.01)
         said = ends(running)
         assert [code for code, *_ in said] == [0, 0], said
-        return said[0][1], seen
+        return said[0][1]
+
+    def resume(self):
+        """How far the checkpoints were at every moment of a run to the end."""
+        seen = []
+        self.finish(watch=lambda: seen.append(self.jobs[0].progress()))
+        return seen
 
 
 def ends(running):
@@ -72,7 +78,7 @@ def alone(tmp_path_factory, compiled):
 
 def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, alone):
     pair = Pair(tmp_path, compiled, "--json")
-    out, _ = pair.finish()
+    out = pair.finish()
     assert len(out.splitlines()) == 2 and all(line.startswith('{"bench"') for line in out.splitlines())
     assert pair.jobs[0].outcome() == alone  # to the bit: seeds do not feel each other
     assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", "xla"}  # which the tests have made
@@ -114,7 +120,7 @@ def test_where_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_pat
     assert code not in (0, 2) and ("another process of this run has ended" in err or "another task died" in err)
     came_to = pair.jobs[0].progress()
     assert (0, 1, 0) <= came_to < (1, 0, 0)
-    assert min(pair.finish()[1][:20]) >= came_to  # it did not start again
+    assert min(pair.resume()[:20]) >= came_to  # it did not start again
     assert pair.jobs[0].outcome() == alone
 
 
@@ -126,7 +132,7 @@ def test_a_signal_to_one_process_stops_both_together(tmp_path, compiled, alone):
         assert code == 1 and "interrupted: the same command goes on from the last checkpoint" in err
     came_to = pair.jobs[0].progress()
     assert (0, 1, 0) <= came_to < (1, 0, 0)
-    assert min(pair.finish()[1][:20]) >= came_to
+    assert min(pair.resume()[:20]) >= came_to
     assert pair.jobs[0].outcome() == alone
 
 

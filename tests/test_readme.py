@@ -35,4 +35,4 @@ def test_every_file_of_the_layout_exists():
     present = {path.name for path in folder.rglob("*.py") if ".venv" not in path.parts}
     assert set(named) <= present
     package = {path.name for path in (folder / "jaxunlearn").rglob("*.py") if not path.name.startswith("__")}
-    assert package - set(named) == {f"{name}.py" for name in names()} | REFERENCE
+    assert package - set(named) == {f"{kind}{name}.py" for name in names() for kind in ("", "torch_")} | REFERENCE

@@ -140,9 +140,9 @@ def test_git_commit(tmp_path, monkeypatch):
     git("add", "a.py")
     git("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "commit", "-m", "a")
     git("tag", "v1")
-    assert re.fullmatch(r"[0-9a-f]{40}", environment_module._git_commit.__wrapped__(tracked))
-    assert environment_module._git_commit.__wrapped__(stray) is None
+    assert re.fullmatch(r"[0-9a-f]{40}", environment_module._git_commit(tracked))
+    assert environment_module._git_commit(stray) is None
     tracked.write_text("x = 1\n")
-    assert re.fullmatch(r"[0-9a-f]{40}-dirty", environment_module._git_commit.__wrapped__(tracked))
+    assert re.fullmatch(r"[0-9a-f]{40}-dirty", environment_module._git_commit(tracked))
     monkeypatch.setenv("PATH", "")
-    assert environment_module._git_commit.__wrapped__(tracked) is None
+    assert environment_module._git_commit(tracked) is None

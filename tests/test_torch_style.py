@@ -33,12 +33,12 @@ from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import BASELINES, Method, get_method
-from jaxunlearn.torch_style import Model, UnlearningMethod, as_rule
+from jaxunlearn.torch_style import Model, UnlearningMethod, as_rule, baselines
 from jaxunlearn.torch_style.models import Generator
 from jaxunlearn.training.unlearning import check_rule, make_context
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-FOLDER = Path(__file__).parent / "torch_style_methods"
+FOLDER = Path(baselines.__file__).parent
 SEEDS = (1, 2)
 RETAIN, FORGET = make_batch(9, seed=0), make_batch(5, seed=1, labels=0)
 PLAIN_PROTOCOL = dataclasses.replace(PROTOCOL, model=PLAIN)  # without dropout

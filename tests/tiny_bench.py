@@ -17,8 +17,7 @@ DIGITS = dataclasses.replace(
 )
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # as a command; also where the tests run in the background
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     jax.config.update("jax_disable_most_optimizations", True)
     MODELS[TINY] = Tiny
     BENCHMARKS.update({NAME: DIGITS, NAME_X64: dataclasses.replace(DIGITS, precision="fp64")})

@@ -32,5 +32,9 @@ def start(name: str | None = None) -> None:
     """Runs the command, or the script of a subcommand, and ends the process with its status."""
     if plainly_started():  # else it is somebody's notebook, debugger or test
         restart_with_memory_kept()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main() if name is None else script(name))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status = main() if name is None else script(name)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(status)

@@ -33,13 +33,13 @@ def take_command(parser: argparse.ArgumentParser, command: ModuleType) -> argpar
 def exit_status(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """What the command returns for the arguments; 2 and one line where they are wrong, 1 and a line after Ctrl-C."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    args = argparse.Namespace(interrupted="interrupted")
+    args = argparse.Namespace()
     try:
-        parser.parse_args(arguments, args)
+        args = parser.parse_args(arguments)
         return args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, WriteError) else 2
     except KeyboardInterrupt:
-        print(args.interrupted, file=sys.stderr)
+        print(getattr(args, "interrupted", "interrupted"), file=sys.stderr)
         return 1

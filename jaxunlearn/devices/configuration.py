@@ -24,34 +24,37 @@ def request_devices(count: int | None) -> None:
         return
     # Devices wait for each other on a thread each; with no more threads than devices XLA's CPU collectives can lock up.
     os.environ.setdefault("NPROC", str(4 * max(min(count, MOST_DEVICES), os.cpu_count() or 1)))
-    already_asked = getattr(jax.config, "jax_num_cpu_devices", -1) > 0
+    already_asked = jax.config.values["jax_num_cpu_devices"] > 0
     if not already_asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with suppress(RuntimeError):  # JAX is in use: `make_mesh` says how many devices it has
             jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
 
 
 @contextmanager
-def programs_kept(cache_dir: Path) -> Iterator[None]:
-    """Keeps what is compiled inside in `cache_dir`/xla, unless JAX has been given a compilation cache already."""
-    if getattr(jax.config, "jax_compilation_cache_dir", None):
-        yield
-        return
-    settings = {
-        "jax_compilation_cache_dir": str(cache_dir.absolute() / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
+def restored(*names: str) -> Iterator[None]:
+    """Leaves JAX's settings of these names as they were before."""
+    before = {name: jax.config.values[name] for name in names}
     try:
-        _configure(settings)
         yield
     finally:
-        _configure(before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
-def _configure(settings: dict[str, object]) -> None:
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it keeps the folder that it was first used with
+@contextmanager
+def programs_kept(cache_dir: Path) -> Iterator[None]:
+    """Keeps what is compiled inside in `cache_dir`/xla, unless JAX has been given a compilation cache already."""
+    if jax.config.values["jax_compilation_cache_dir"]:
+        yield
+        return
+    try:
+        with restored("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir.absolute() / "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            compilation_cache.reset_cache()  # it keeps the folder that it was first used with
+            yield
+    finally:
+        compilation_cache.reset_cache()
 
 
 def default_precision() -> str:
@@ -71,7 +74,8 @@ def computing(precision: str) -> AbstractContextManager[Any]:
 
 
 def unused_gpu() -> str | None:
-    """What to tell the user of a machine with an NVIDIA device whose JAX computes on the CPU."""
-    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") or not glob.glob("/dev/nvidia[0-9]*"):
+    """What to tell the user of a machine with an NVIDIA device whose JAX computes on the CPU, unasked."""
+    asked = jax.config.values["jax_platforms"]
+    if asked or jax.default_backend() != "cpu" or not glob.glob("/dev/nvidia[0-9]*"):
         return None
     return "this machine has an NVIDIA device, but JAX computes on the CPU: pip install 'jax[cuda13]' to use it"

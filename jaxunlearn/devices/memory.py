@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import re
 import sys
 
 TUNABLE = "GLIBC_TUNABLES"
-HARMLESS = {"-B", "-E", "-I", "-O", "-OO", "-P", "-s", "-u"}  # options of Python after which a start is still plain
+# Those of Python after which a start is still plain: not -c, -m and -i.
+OPTIONS = r"((-[bBdEIOPqsSuv]+|-[WX] ?\S+) ?)*"
 # Huge pages; nothing mapped apart, which is unmapped when freed; nothing given back at the top of the heap.
 KEEP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
@@ -14,16 +16,13 @@ def plainly_started() -> bool:
     """Whether this process is `python SCRIPT ...`, an installed command or `python -m jaxunlearn ...`, nothing else.
 
     Not in a notebook's `%run`, under a debugger, a profiler or a test runner: the process is theirs then, and they are
-    on the command line before the script.
+    on the command line before the script. Not where the script is read from stdin either: it would be used up.
     """
-    start = ["-m", __package__.partition(".")[0]] if _is_module(sys.argv[0]) else sys.argv[:1]
-    options = sys.orig_argv[1 : len(sys.orig_argv) - len(start) - len(sys.argv) + 1]
-    same = sys.orig_argv[1 + len(options) :] == [*start, *sys.argv[1:]]
-    return same and set(options) <= HARMLESS and sys.gettrace() is None
-
-
-def _is_module(path: str) -> bool:
-    return os.path.basename(path) == "__main__.py"
+    command, rest = sys.orig_argv[1:], sys.argv[1:]
+    start = ["-m", "jaxunlearn"] if os.path.basename(sys.argv[0]) == "__main__.py" else sys.argv[:1]
+    options = command[: len(command) - len(start) - len(rest)]
+    exact = command == [*options, *start, *rest] and os.path.isfile(sys.argv[0])
+    return exact and re.fullmatch(OPTIONS, " ".join(options)) is not None and sys.gettrace() is None
 
 
 def restart_with_memory_kept() -> None:

@@ -1,6 +1,5 @@
 """What a result was measured on."""
 
-import functools
 import os
 import platform
 import subprocess
@@ -59,7 +58,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-@functools.cache  # asked once, not for every record
 def _git_commit(file: Path) -> str | None:
     """Commit of the checkout that tracks `file`, or None: someone else's checkout around site-packages is not it."""
 

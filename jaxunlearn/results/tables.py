@@ -86,7 +86,12 @@ def print_results(
       file: where to; standard output if None.
     """
     # Names come from users and files: no markup, no emoji codes.
-    console = Console(file=file, markup=False, emoji=False, highlight=False)
+    # A file gets plain text, also in a notebook, where rich would display it, and where the environment forces colours.
+    interactive = None if file is None else file.isatty()
+    jupyter = None if file is None else False
+    console = Console(
+        file=file, force_terminal=interactive, force_jupyter=jupyter, markup=False, emoji=False, highlight=False
+    )
     if not console.is_terminal:
         console.width = FILE_WIDTH
     rows = summarize(records, defaults)

@@ -59,10 +59,10 @@ class Prepared:
         defaults = {method.name: method.defaults for method in self.request.methods}
         return {"defaults": defaults, "members": members, "non_members": non_members}
 
-    def batches(self, count: int) -> list[int]:
-        """The sizes of the batches of an epoch of (re)training on so many images."""
+    def batches(self, count: int, kind: str) -> list[int]:
+        """The sizes of the batches of an epoch of (re)training on so many images of this `kind`."""
         protocol = self.request.protocol
-        return batch_sizes(count, protocol.batch_size, protocol.drop_last, "training")
+        return batch_sizes(count, protocol.batch_size, protocol.drop_last, kind)
 
     def unlearning(self, method: Method, mesh: jax.sharding.Mesh) -> Unlearning:
         """The unlearning of a method, for the seeds on `mesh`. Raises UserError for a rule that breaks its contract."""
@@ -87,6 +87,7 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         warnings.warn(line, stacklevel=2)
     # Before anything that takes long: processes wait only half a minute for each other the first time.
     check_agreement(f"{request.settings} {jax.__version__} {jax.dtypes.canonicalize_dtype(float)}")
+    keys = seed_keys(request.seeds)
     network = make_network(protocol, num_classes)
     with jax.set_mesh(mesh):
         with all_or_none():
@@ -108,12 +109,11 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         split = Split(np.flatnonzero(~is_forget), np.flatnonzero(is_forget))
         members = Images(*(part[split.forget] for part in train))
         evaluator = Evaluator(network, protocol, test, members, mesh, timing)
-        keys = seed_keys(request.seeds)
         prepared = Prepared(
             request, reporter, timing, mesh, keys, network, models, train, split, dataset.digest, evaluator
         )
-        for count in (len(chosen.labels), len(split.retain)):
-            prepared.batches(count)  # raises where they make no batch
+        for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
+            prepared.batches(count, kind)  # raises where they make no batch
         unlearnings = {m.name: prepared.unlearning(m, mesh) for m in request.methods if m.name != RETRAIN}
         return dataclasses.replace(prepared, unlearnings=unlearnings)
 

@@ -32,7 +32,7 @@ def make_record(
     """
     request, timing, count = run.request, run.timing, len(run.request.seeds)
     pretrain_s, unlearn_s = before.models.seconds[index], after.models.seconds[index]
-    images = sum(run.batches(len(run.train.labels))) * request.protocol.pretrain_epochs
+    images = sum(run.batches(len(run.train.labels), "training")) * request.protocol.pretrain_epochs
     metrics = after.metrics[index]
     diverged_at = _diverged(before.models.diverged[index], after.models.diverged[index], metrics)
     metrics = diverged_metrics() if diverged_at else metrics

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,16 @@ def _digest(weights: Path) -> str:
         raise UserError(f"--init-weights {weights}: {error.strerror}") from None
 
 
-def get_methods(chosen: Sequence[Named] | None, settings: Settings) -> list[Method]:
+def get_methods(chosen: Iterable[Named] | None, settings: Settings) -> list[Method]:
     """The methods of a run, None being the baselines, with their settings. Raises UserError for settings of others."""
-    named = BASELINES if chosen is None else chosen
+    named = list(BASELINES if chosen is None else chosen)
+    if not named:
+        raise UserError("--method: at least one")
     titles = [title_of(method) for method in named]
+    methods = [get_method(method, settings.get(title)) for method, title in zip(named, titles, strict=True)]
     for owner, values in settings.items():
         if owner not in titles:
             raise UserError(f"--set {owner}.{next(iter(values))}: '{owner}' is not among the methods of this run")
-    methods = [get_method(method, settings.get(title)) for method, title in zip(named, titles, strict=True)]
     if len(set(titles)) != len(titles):
         raise UserError("--method: each method once, and no two files of the same name")
     return methods

@@ -25,6 +25,7 @@ from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.registry import get_method
 from jaxunlearn.torch_reference import harness, models
+from jaxunlearn.torch_style import baselines
 from jaxunlearn.torch_style.models import Generator, Model
 from jaxunlearn.training.unlearning import make_context
 
@@ -33,7 +34,7 @@ Factory = Callable[[Context], UnlearningRule]
 
 BATCH_SIZE = 4  # retain images and forget images a step: float64 is slow, and more would show nothing more
 KERNEL_SCALE = 10.0
-CLASSES = Path(__file__).parent.parent / "torch_style_methods"
+CLASSES = Path(baselines.__file__).parent
 EVALUATED = 40  # test images of other classes, of the forgotten one, training images of the forgotten one: each
 DTYPES = {"fp32": (np.float32, torch.float32), "fp64": (np.float64, torch.float64)}
 

@@ -1,4 +1,4 @@
-"""PyTorch's side of `scripts/speed.py`: the same steps, as fast as eager PyTorch runs them on the CPU.
+"""PyTorch's side of `jaxunlearn speed`: the same steps, as fast as eager PyTorch runs them on the CPU.
 
 channels_last, all cores, denormals flushed, batches cut by one gather, and of the multi-tensor and the fused optimizer
 whichever pretrains faster.

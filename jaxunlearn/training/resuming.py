@@ -124,7 +124,7 @@ def _advance(
             keeper.note_weights(state, epoch * steps - 1)
             if keeper.due():
                 keeper.keep(0, state, {})
-        keeper.keep(0, state, {})  # does nothing where that was done just now
+        keeper.keep(0, state, {})  # writes nothing where that was done just now
         saved = keeper.finish()  # before signals are what they were: one would end the process while the thread writes
         if anywhere(stopping()):
             raise KeyboardInterrupt
