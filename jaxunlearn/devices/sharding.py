@@ -67,6 +67,12 @@ def place_seeds(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return _place(tree, jax.sharding.NamedSharding(mesh, jax.P("seed")))
 
 
+def seed_shapes(tree: Any, num_seeds: int, mesh: jax.sharding.Mesh) -> Any:
+    """What `place_seeds` would make of so many seeds' trees, without the values; `tree` is one seed's."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("seed"))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_seeds, *x.shape), x.dtype, sharding=sharding), tree)
+
+
 def place_shared(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Puts arrays that all seeds share on every device of the mesh."""
     return _place(tree, jax.sharding.NamedSharding(mesh, jax.P()))

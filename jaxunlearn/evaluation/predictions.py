@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images, augment, normalise
-from jaxunlearn.devices.sharding import place_seeds, place_shared, shard_batch
+from jaxunlearn.devices.sharding import place_seeds, place_shared, seed_shapes, shard_batch
 from jaxunlearn.evaluation.metrics import diverged_metrics, unlearning_metrics
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
@@ -51,6 +51,11 @@ class Evaluator:
         self.steps = len(indices) // BATCH_SIZE
         self._plan = [Chunk(0, self.steps, (BATCH_SIZE,))]
         self._loop = EpochLoop(_predict_step(network, protocol, len(test.labels)), mesh, timing)
+
+    def compile(self, variables: Any, num_seeds: int) -> None:
+        """Compiles what `predict` runs on so many seeds' models, of which one has (params, batch_stats) like these."""
+        key = jax.eval_shape(jax.random.key, 0)
+        self._loop.compile((), seed_shapes((*variables, key), num_seeds, self._mesh), self._images, self._plan)
 
     def predict(
         self, params: Any, batch_stats: Any, keys: jax.Array, report: Report = lambda done, metrics: None

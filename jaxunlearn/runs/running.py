@@ -18,6 +18,7 @@ from jaxunlearn.models.weight_files import write_safetensors
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.results import records
+from jaxunlearn.runs.compiling import EVALUATE, compiled_ahead
 from jaxunlearn.runs.preparation import Prepared
 from jaxunlearn.runs.recording import Scored, make_record
 from jaxunlearn.training.checkpoints import Entry, discard, locked, pretrain_entry, unlearn_entry
@@ -33,7 +34,9 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         stack.enter_context(programs_kept(request.cache_dir))
         stack.enter_context(computing(request.protocol.precision))
         stack.enter_context(jax.set_mesh(run.mesh))
+        ahead = stack.enter_context(compiled_ahead(run))
         pretrained = run.given or _train_or_load(run, without=None)
+        ahead.ready(EVALUATE)
         before = Scored(pretrained, _evaluate(run, pretrained))
         common = dict(run.timing)
         entries = {m.name: _unlearn_entries(run, m) for m in request.methods if m.name in run.unlearnings}
@@ -43,8 +46,9 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
             run.timing.clear()
             if method.name == RETRAIN:
                 models = _train_or_load(run, without=request.protocol.forget_class)
-                steps = len(run.batches(len(run.split.retain))) * request.protocol.pretrain_epochs
+                steps = len(run.batches(len(run.split.retain), "retain")) * request.protocol.pretrain_epochs
             else:
+                ahead.ready(method.name)
                 models = _unlearn(run, method, entries[method.name], pretrained)
                 steps = run.unlearnings[method.name].steps_per_epoch * request.protocol.unlearn_epochs
             after = Scored(models, _evaluate(run, models))

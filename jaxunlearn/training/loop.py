@@ -67,12 +67,22 @@ class Timing(dict[str, float]):
 
 
 class Compiled:
-    """A jitted function that is compiled at its first call, for that call's shapes, on the clock of compilation."""
+    """A jitted function that is compiled at its first call, for that call's shapes, on the clock of compilation.
+
+    Or before it, by `compile`: then nothing waits for it, and the clock stands.
+    """
 
     def __init__(self, function: Callable[..., Any], timing: Timing, **options: Any):
         self._jitted = jax.jit(function, **options)
         self._timing = timing
-        self._program: Callable[..., Any] | None = None
+        self._program: jax.stages.Compiled | None = None
+
+    def compile(self, *arguments: Any) -> Any:
+        """Compiles for arrays like `arguments`, of which shapes and shardings will do. Returns those of the results."""
+        if self._program is None:
+            self._program = self._jitted.lower(*arguments).compile()
+        shapes, shardings = self._program.out_info, self._program.output_shardings
+        return jax.tree.map(lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes, shardings)
 
     def __call__(self, *arguments: Any) -> Any:
         if self._program is None:
@@ -159,6 +169,12 @@ class EpochLoop:
                 keeper.keep(done, jax.block_until_ready(carry), gathered())
         wait(0)
         return carry, gathered()
+
+    def compile(self, carry: Any, seeded: Any, shared: Any, plan: list[Chunk]) -> None:
+        """Compiles all that `run` dispatches of whole epochs: see `Compiled.compile`."""
+        now = place_shared((np.int32(0), np.int32(0)), self._mesh)
+        for _, length, sizes in self._dispatches(plan, 0):
+            self._program(sizes, length).compile(carry, seeded, shared, now)
 
     def _dispatches(self, plan: list[Chunk], first: int) -> Iterator[Chunk]:
         for start, length, sizes in plan:

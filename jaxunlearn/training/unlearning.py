@@ -11,7 +11,7 @@ import optax
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
-from jaxunlearn.devices.sharding import over_seeds, place_seeds, place_shared, shard_batch
+from jaxunlearn.devices.sharding import over_seeds, place_seeds, place_shared, seed_shapes, shard_batch
 from jaxunlearn.errors import UserError, blamed, one_line
 from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
 from jaxunlearn.models.network import Network
@@ -20,7 +20,7 @@ from jaxunlearn.randomness import Stream, step_keys, stream_key
 from jaxunlearn.registry import Method, build_rule, names
 from jaxunlearn.training.loop import Chunk, Compiled, EpochLoop, Keeper, Timing, batch_sizes, chunks
 
-LEAK = "step uses an array of an earlier call: what is kept belongs into RuleState.extra"
+LEAK = "it uses an array of an earlier call: what is kept belongs into RuleState.extra"
 
 
 class Split(NamedTuple):
@@ -158,6 +158,12 @@ class Unlearning:
             same_form("prepare", ("params", carry.params, params), ("state", before, state))
         return Carry(params, state.batch_stats, state.opt_state, state.extra)
 
+    def compile(self, num_seeds: int) -> None:
+        """Compiles what the epochs of so many seeds run: see `Compiled.compile`. Not while it is used otherwise."""
+        keys = seed_shapes(jax.eval_shape(jax.random.key, 0), num_seeds, self.mesh)
+        drawn = self._draw.compile(keys, (self._split, place_shared(np.int32(0), self.mesh)))
+        self._loop.compile(seed_shapes(self.abstract(), num_seeds, self.mesh), drawn, self._data, self._plan)
+
     def epoch(
         self,
         carry: Carry,
@@ -214,7 +220,7 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
     try:
         key = jax.eval_shape(lambda: jax.random.key(0))
         params, batch_stats = jax.eval_shape(context.initialise, key)
-        for pair in sizes:  # a further trace also meets what the one before has left behind in the rule
+        for pair in sizes if len(sizes) > 1 else [*sizes] * 2:  # the second meets what the first has left behind
             state = jax.eval_shape(jax.vmap(rule.init), *map(_one_seed, (params, batch_stats, key)))
             if not isinstance(state, RuleState):
                 raise TypeError(f"init returned {type(state).__name__}, it must return a RuleState")

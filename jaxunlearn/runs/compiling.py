@@ -1,0 +1,52 @@
+"""Compilation ahead: while a model is pretrained, what is run afterwards is compiled in threads."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import jax
+
+from jaxunlearn.devices.configuration import computing
+from jaxunlearn.runs.preparation import Prepared
+
+EVALUATE = "evaluate"
+
+
+class Ahead:
+    """Programs by what they are for: a method, or `EVALUATE`."""
+
+    def __init__(self, run: Prepared, futures: dict[str, Future[None]]):
+        self._run, self._futures = run, futures
+
+    def ready(self, name: str) -> None:
+        """Returns once the programs are compiled, or are not going to be: then their first call compiles them.
+
+        To be called before `name` is used: a rule may keep what it is traced with, so no two threads may trace it.
+        """
+        future = self._futures.get(name)
+        if future and not future.cancel():
+            with self._run.timing("compile_s"):
+                wait([future])
+
+
+@contextmanager
+def compiled_ahead(run: Prepared) -> Iterator[Ahead]:
+    """Compiles a run's programs in threads; what has not begun at the end is left out."""
+    count, x64 = len(run.keys), jax.dtypes.canonicalize_dtype(float).itemsize == 8
+    variables = jax.eval_shape(run.network.initialise, jax.eval_shape(jax.random.key, 0))
+    tasks: dict[str, Callable[[], None]] = {EVALUATE: partial(run.evaluator.compile, variables, count)}
+    tasks |= {name: partial(unlearning.compile, count) for name, unlearning in run.unlearnings.items()}
+
+    def work(task: Callable[[], None]) -> None:
+        # JAX's settings are a thread's own. What is wrong with a program is said where it is called.
+        precise = computing(run.request.protocol.precision)
+        with suppress(Exception), jax.enable_x64(x64), jax.set_mesh(run.mesh), precise:
+            task()
+
+    pool = ThreadPoolExecutor(min(len(tasks), os.cpu_count() or 1), "compile")
+    try:
+        yield Ahead(run, {name: pool.submit(work, task) for name, task in tasks.items()})
+    finally:
+        pool.shutdown(cancel_futures=True)
