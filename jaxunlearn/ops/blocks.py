@@ -48,10 +48,10 @@ def forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
 def input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     """The gradient of every seed's x."""
     if _is_product(kernel, groups):
-        return jax.vjp(lambda x: _product(x, kernel, stride), x)[1](g)[0]
+        return jax.linear_transpose(lambda x: _product(x, kernel, stride), x)(g)[0]
 
     def one(x: Array, kernel: Array, g: Array, groups: int) -> Array:
-        return jax.vjp(lambda x: lax_conv(x, kernel, stride, groups), x)[1](g)[0]
+        return jax.linear_transpose(lambda x: lax_conv(x, kernel, stride, groups), x)(g)[0]
 
     return _folded(one, groups, x, kernel, g)
 
@@ -59,10 +59,10 @@ def input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) 
 def kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     """The gradient of every seed's kernel."""
     if _is_product(kernel, groups):
-        return jax.vjp(lambda kernel: _product(x, kernel, stride), kernel)[1](g)[0]
+        return jax.linear_transpose(lambda kernel: _product(x, kernel, stride), kernel)(g)[0]
 
     def one(x: Array, kernel: Array, g: Array, groups: int) -> Array:
-        return jax.vjp(lambda kernel: lax_conv(x, kernel, stride, groups), kernel)[1](g)[0]
+        return jax.linear_transpose(lambda kernel: lax_conv(x, kernel, stride, groups), kernel)(g)[0]
 
     return _folded(one, groups, x, kernel, g, of_kernel=True)
 

@@ -100,7 +100,7 @@ def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int)
             return winograd.input_gradient(g, kernel)
         if kernel.shape[0] > 1 and x.shape[1] > 2:
             return _spread_conv(g, _turned(kernel), x.shape[1:3], stride)
-    return jax.vjp(lambda x: _xla_forward(x, kernel, stride, groups), x)[1](g)[0]
+    return jax.linear_transpose(lambda x: _xla_forward(x, kernel, stride, groups), x)(g)[0]
 
 
 def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
@@ -133,7 +133,7 @@ def _xla_kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups:
             return winograd.kernel_gradient(x, g)
         if x.shape[1] > 2:
             return _kernel_gradient_conv(x, g, size, stride)
-    return jax.vjp(lambda kernel: _xla_forward(x, kernel, stride, groups), kernel)[1](g)[0]
+    return jax.linear_transpose(lambda kernel: _xla_forward(x, kernel, stride, groups), kernel)(g)[0]
 
 
 def _is_native(kernel: Array, groups: int) -> bool:
