@@ -1,6 +1,7 @@
-"""How a layer behaves under `vmap` over seeds: the seed axis unrolled on CPU, plain `vmap` elsewhere."""
+"""How a layer behaves under `vmap` over seeds, by platform: see `seedwise`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,24 +28,31 @@ def outlined(function: Callable[..., Any], *arrays: Array) -> Any:
         return jax.jit(function)(*arrays)
 
 
-def seedwise(function: Callable[..., Any], *arrays: Array) -> Any:
-    """`function(*arrays)`; under `vmap` on CPU, one call of `function` for each index of the mapped axis.
+def seedwise(function: Callable[..., Any], *arrays: Array, together: Callable[..., Any] | None = None) -> Any:
+    """`function(*arrays)`; under `vmap` over seeds in the form that is fast on the platform.
 
-    With per-seed weights `vmap` makes a convolution a grouped one, which the CPU runs five times slower. Unrolled layer
-    by layer, the stack at the end of one layer and the index at the start of the next cancel in XLA, and the program is
-    that of each seed alone. Has no reverse mode: call it inside the rules of a `custom_vjp`.
+    On CPU that is one call of `function` for each seed: with per-seed weights `vmap` makes a convolution a grouped one,
+    which the CPU runs five times slower. Unrolled layer by layer, the stack at the end of one layer and the index at
+    the start of the next cancel in XLA, and the program is that of each seed alone.
+
+    Elsewhere it is `together(*arrays)`, where every array has the seeds in front, or without it what `vmap` makes of
+    `function`. A single seed is `function` as it stands.
+
+    Has no reverse mode: call it inside the rules of a `custom_vjp`.
     """
-    if not on_cpu():
+    if not on_cpu() and together is None:
         return function(*arrays)
     mapped = custom_vmap(function)
 
     @mapped.def_vmap
     def _(axis_size: int, batched: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
-        each = [
-            seedwise(function, *(array[i] if b else array for array, b in zip(arrays, batched, strict=True)))
-            for i in range(axis_size)
-        ]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        if together is not None and axis_size > 1 and not on_cpu():
+            pairs = zip(arrays, batched, strict=True)
+            stacked = together(*(a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in pairs))
+        else:
+            one = partial(seedwise, function, together=together)
+            each = [one(*(a[i] if b else a for a, b in zip(arrays, batched, strict=True))) for i in range(axis_size)]
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         return stacked, jax.tree.map(lambda _: True, stacked)
 
     return mapped(*arrays)

@@ -1,8 +1,8 @@
 """2-d convolution and its two gradients, each in the form that is fastest for its shape and platform.
 
 The choice is made in `_forward`, `_input_gradient` and `_kernel_gradient` below and nowhere else. GPU and TPU always
-take `lax.conv_general_dilated`. The milliseconds in the comments are of one core (AVX-512) where they do not say two,
-batch 128, float32.
+take `lax.conv_general_dilated`; several seeds there are `blocks`. The milliseconds in the comments are of one core
+(AVX-512) where they do not say two, batch 128, float32.
 """
 
 from functools import partial
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxunlearn.ops import depthwise, native, winograd
+from jaxunlearn.ops import blocks, depthwise, native, winograd
 from jaxunlearn.ops.batching import on_cpu, seedwise
+from jaxunlearn.ops.blocks import lax_conv
 from jaxunlearn.ops.reductions import product_over_rows
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -37,12 +38,15 @@ def conv2d(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
 
 
 def _conv2d_fwd(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, tuple[Array, Array]]:
-    return seedwise(partial(_forward, stride=stride, groups=groups), x, kernel), (x, kernel)
+    of: dict[str, Any] = {"stride": stride, "groups": groups}
+    return seedwise(partial(_forward, **of), x, kernel, together=partial(blocks.forward, **of)), (x, kernel)
 
 
 def _conv2d_bwd(stride: int, groups: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    dx = seedwise(partial(_input_gradient, stride=stride, groups=groups), *saved, g)
-    dkernel = seedwise(partial(_kernel_gradient, stride=stride, groups=groups), *saved, g)
+    of: dict[str, Any] = {"stride": stride, "groups": groups}
+    arrays = (*saved, g)
+    dx = seedwise(partial(_input_gradient, **of), *arrays, together=partial(blocks.input_gradient, **of))
+    dkernel = seedwise(partial(_kernel_gradient, **of), *arrays, together=partial(blocks.kernel_gradient, **of))
     return dx, dkernel
 
 
@@ -78,7 +82,7 @@ def _xla_forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
             # XLA takes the kernel for the image here and misses the fast path. 512 channels, with both gradients: 35 ms
             # against 2,957. On 4x4 images they are equal.
             return _im2col(x, kernel, stride)
-    return _lax_conv(x, kernel, stride, groups)
+    return lax_conv(x, kernel, stride, groups)
 
 
 def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
@@ -96,7 +100,7 @@ def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int)
             return winograd.input_gradient(g, kernel)
         if kernel.shape[0] > 1 and x.shape[1] > 2:
             return _spread_conv(g, _turned(kernel), x.shape[1:3], stride)
-    return jax.vjp(lambda x: _xla_forward(x, kernel, stride, groups), x)[1](g)[0]
+    return jax.linear_transpose(lambda x: _xla_forward(x, kernel, stride, groups), x)(g)[0]
 
 
 def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
@@ -129,7 +133,7 @@ def _xla_kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups:
             return winograd.kernel_gradient(x, g)
         if x.shape[1] > 2:
             return _kernel_gradient_conv(x, g, size, stride)
-    return jax.vjp(lambda kernel: _xla_forward(x, kernel, stride, groups), kernel)[1](g)[0]
+    return jax.linear_transpose(lambda kernel: _xla_forward(x, kernel, stride, groups), kernel)(g)[0]
 
 
 def _is_native(kernel: Array, groups: int) -> bool:
@@ -200,19 +204,6 @@ def _kernel_gradient_conv(x: Array, g: Array, size: int, stride: int) -> Array:
         dimension_numbers=_NHWC,
     )
     return out.transpose(1, 2, 0, 3)
-
-
-def _lax_conv(x: Array, kernel: Array, stride: int, groups: int) -> Array:
-    # Explicit padding: XLA's "SAME" pads asymmetrically at stride 2.
-    pad = kernel.shape[0] // 2
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        [(pad, pad), (pad, pad)],
-        dimension_numbers=_NHWC,
-        feature_group_count=groups,
-    )
 
 
 def _windows(x: Array, size: int, stride: int) -> list[Array]:
