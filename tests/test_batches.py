@@ -10,7 +10,7 @@ from tiny import PROTOCOL, make_images
 from jaxunlearn.data.batches import Images, augment, augmented_batch, clean_batch, epoch_order, normalise, resize
 
 pytestmark = pytest.mark.usefixtures("tiny_models")  # for its quick compilation
-augment = jax.jit(augment, static_argnums=2)
+augment = jax.jit(augment, static_argnums=3)
 augmented_batch = jax.jit(augmented_batch, static_argnums=3)
 
 
@@ -49,7 +49,7 @@ def shifts(image, pad, mode):
 def test_augment_draws_every_shift_and_flip_and_nothing_else(padding, mode, flip):
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     protocol = protocol_with(crop_pixels=2, crop_padding=padding, flip=flip)
-    outputs = np.asarray(augment(np.stack([image] * 1200), jax.random.key(0), protocol))
+    outputs = np.asarray(augment(jnp.asarray(image)[None], jnp.zeros(1200, jnp.int32), jax.random.key(0), protocol))
     allowed = {k: v for k, v in shifts(image, 2, mode).items() if flip or not v[2]}
     drawn = [allowed[output.tobytes()] for output in outputs]  # KeyError: an output that is no shifted version
     counts = np.unique([y * 10 + x * 2 + f for y, x, f in drawn], return_counts=True)[1]
@@ -59,14 +59,14 @@ def test_augment_draws_every_shift_and_flip_and_nothing_else(padding, mode, flip
 
 
 def test_augment_without_crop_and_flip_is_the_identity():
-    images = make_images(5).images
+    images = jnp.asarray(make_images(5).images)
     protocol = protocol_with(crop_pixels=0, flip=False)
-    np.testing.assert_array_equal(augment(images, jax.random.key(0), protocol), images)
+    np.testing.assert_array_equal(augment(images, jnp.arange(5), jax.random.key(0), protocol), images)
 
 
 def test_augment_differs_by_key_only():
-    images, protocol = make_images(8).images, protocol_with(crop_pixels=4)
-    first, again, other = (np.asarray(augment(images, jax.random.key(k), protocol)) for k in (0, 0, 1))
+    images, protocol = jnp.asarray(make_images(8).images), protocol_with(crop_pixels=4)
+    first, again, other = (np.asarray(augment(images, jnp.arange(8), jax.random.key(k), protocol)) for k in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 

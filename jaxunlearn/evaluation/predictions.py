@@ -100,7 +100,8 @@ def _predict_step(network: Network, protocol: Protocol, tests: int) -> Any:
         pixels, labels = (jax.lax.dynamic_slice_in_dim(part, index * size, size) for part in data)
         if protocol.mia_augment:
             is_member = (index * size + jnp.arange(size) >= tests)[:, None, None, None]
-            pixels = jnp.where(is_member, augment(pixels, stream_key(key, Stream.ATTACK, index), protocol), pixels)
+            attacked = augment(pixels, jnp.arange(size), stream_key(key, Stream.ATTACK, index), protocol)
+            pixels = jnp.where(is_member, attacked, pixels)
         logits = network.apply_eval(params, batch_stats, shard_batch(normalise(pixels, protocol)))
         return carry, {
             "confidence": jax.nn.softmax(logits).max(-1),
