@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxunlearn.models.layers import BatchNorm
-from jaxunlearn.ops import native, winograd
+from jaxunlearn.ops import native, normalization, winograd
 from jaxunlearn.ops.convolution import conv2d
 from jaxunlearn.ops.normalization import EPS, batch_norm
 from jaxunlearn.ops.pooling import max_pool
@@ -118,10 +119,10 @@ def small_network(conv, norm, pool):
 
     def network(x, weights):
         y = conv(x, weights["stem"], 1, 1)
-        y, mean, var = norm(y, weights["scale"], weights["bias"], None, True)
+        y, mean, var = norm(y, weights["scale"], weights["bias"], None, weights["bias"], True)
         z = conv(y, weights["depthwise"], 1, 20)
         z = conv(z, weights["pointwise"], 1, 1)
-        z, _, _ = norm(z, weights["scale"], weights["bias"], y, True)
+        z, _, _ = norm(z, weights["scale"], weights["bias"], y, weights["bias"], True)
         z = conv(pool(z), weights["strided"], 2, 1)
         z = conv(conv(z, weights["widening"], 1, 1), weights["wide"], 1, 1)
         return jnp.sin(z).sum() + jnp.sum(mean * var)
@@ -129,7 +130,7 @@ def small_network(conv, norm, pool):
     return network
 
 
-def plain_batch_norm(x, scale, bias, residual, relu):
+def plain_batch_norm(x, scale, bias, residual, near, relu):
     axes = tuple(range(x.ndim - 1))
     mean, var = x.mean(axes), x.var(axes)
     y = (x - mean) / jnp.sqrt(var + EPS) * scale + bias
@@ -268,10 +269,42 @@ def test_batch_norm_keeps_pytorch_statistics():
 
 def test_batch_variance_does_not_cancel(form):
     x = 1000 + random(64, 4, 4, 3)
-    _, mean, var = batch_norm(x, jnp.ones(3), jnp.zeros(3), None, False)
+    _, mean, var = batch_norm(x, jnp.ones(3), jnp.zeros(3), None, jnp.zeros(3), False)
     flat = np.asarray(x, np.float64).reshape(-1, 3)
     np.testing.assert_allclose(mean, flat.mean(0), rtol=1e-6)
     np.testing.assert_allclose(var, flat.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("moved", [0.0, 1.0, 10.0])  # deviations
+def test_the_variance_of_one_pass_does_not_cancel_near_the_running_mean(moved, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = 1000 + random(64, 4, 4, 3)
+    flat = np.asarray(x, np.float64).reshape(-1, 3)
+    near = jnp.asarray(flat.mean(0) + moved, jnp.float32)
+    y, mean, var = jax.jit(lambda x: batch_norm(x, jnp.ones(3), jnp.zeros(3), None, near, False))(x)
+    np.testing.assert_allclose(mean, flat.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(var, flat.var(0), rtol=4e-6 * (1 + moved**2))  # var is E[left^2] - moved^2
+    expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + EPS)
+    np.testing.assert_allclose(y.reshape(-1, 3), expected, atol=1e-3)
+
+
+def test_the_batchs_sums_are_one_pass_off_the_cpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def reads(near):
+        """How many sums of the images depend on a sum of them."""
+        x = jax.ShapeDtypeStruct((8, 4, 4, 3), jnp.float32)
+        channel = jnp.zeros(3)
+        program = jax.make_jaxpr(lambda x: normalization._xla_forward(x, channel, channel, None, near, relu=False))(x)
+        late, count = set(), 0
+        for equation in program.eqns:
+            after = any(v in late for v in equation.invars if not isinstance(v, Literal))
+            is_sum = equation.primitive.name == "reduce_sum"
+            count += is_sum and after
+            late |= set(equation.outvars) if after or is_sum else set()
+        return count
+
+    assert (reads(jnp.zeros(3)), reads(None)) == (0, 1)
 
 
 def test_batch_norm_in_bfloat16_keeps_float32_statistics():

@@ -28,7 +28,7 @@ from jaxunlearn.ops.convolution import conv2d
 from jaxunlearn.ops.normalization import batch_norm
 random = lambda *shape: jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
 def loss(x, kernel, taps, scale):
-    y, mean, var = batch_norm(conv2d(conv2d(x, kernel), taps, 1, 64), scale, scale, None, True)
+    y, mean, var = batch_norm(conv2d(conv2d(x, kernel), taps, 1, 64), scale, scale, None, scale, True)
     return jnp.sin(y).sum() + mean.sum() + var.sum()
 leaves = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
 bits = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(
@@ -58,7 +58,9 @@ def test_kernels_serve_float32_on_one_device():
     assert not uses_kernels(conv2d, x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
     with jax.enable_x64(True):
         assert not uses_kernels(conv2d, x.astype(jnp.float64), kernel.astype(jnp.float64))
-        y, pull = jax.vjp(lambda x: batch_norm(x, jnp.ones(16, jnp.float32), kernel[0, 0, 0], None, True), x)
+        y, pull = jax.vjp(
+            lambda x: batch_norm(x, jnp.ones(16, jnp.float32), kernel[0, 0, 0], None, kernel[0, 0, 0], True), x
+        )
         assert {leaf.dtype for leaf in jax.tree.leaves((y, pull(y)))} == {jnp.dtype(jnp.float32)}
 
 
@@ -76,7 +78,7 @@ def test_nan_stays_nan():
     bad = x.at[1, 4, 4, 3].set(jnp.nan)
     y = conv2d(bad, kernel)
     assert jnp.isnan(y[1, 3:6, 3:6]).all() and jnp.isfinite(y[0]).all()
-    y, mean, var = batch_norm(bad, jnp.ones(16), jnp.zeros(16), None, True)
+    y, mean, var = batch_norm(bad, jnp.ones(16), jnp.zeros(16), None, jnp.zeros(16), True)
     channel = np.arange(16) == 3
     for values in (y, mean, var):
         np.testing.assert_array_equal(jnp.isnan(values).all(tuple(range(values.ndim - 1))), channel)

@@ -72,7 +72,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, held)
         x = x.astype(self.dtype)
         if train:
-            y, mean, var = batch_norm(x, scale, bias, residual, relu)
+            y, mean, var = batch_norm(x, scale, bias, residual, running_mean.value, relu)
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
                 keep, move = 1 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM
