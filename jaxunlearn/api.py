@@ -51,6 +51,7 @@ def run(
     out: str | Path = "runs",
     export_weights: str | Path | None = None,
     devices: int | None = None,
+    deterministic: bool = False,
     save_every: float = 120.0,
     force: bool = False,
     quiet: bool = False,
@@ -75,6 +76,7 @@ def run(
       out: where records go, `<bench>/<method>/seed<k>.json`.
       export_weights: where unlearned models go, as .safetensors, named like the records; None: nowhere.
       devices: how many; on a CPU, makes so many host devices, if JAX has not been used before. None: all there are.
+      deterministic: the same bits from the same call on a GPU too, if JAX has not been used before; slower there.
       save_every: seconds between two checkpoints of what is training.
       force: overwrite records of other settings and better ones.
       quiet: no progress on a terminal.
@@ -98,7 +100,7 @@ def run(
     made = make_protocol(str(bench), {}, fields, weights)
     chosen = parse_seeds(str(seeds) if isinstance(seeds, int | str) else ",".join(map(str, seeds)))
     with restored("jax_cpu_enable_async_dispatch"):  # which a CPU reads once, when it is first used
-        request_devices(devices)
+        request_devices(devices, deterministic)
         request = Request(
             bench=bench,
             protocol=settled(made, fields),

@@ -1,6 +1,9 @@
 """What "fp32", "tf32" and "bf16" mean on which platform, without one of the others at hand."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -92,3 +95,25 @@ def test_tf32_is_fp32_on_a_cpu():
         with computing(precision):
             logits.append(jax.jit(network.apply_eval)(*jax.jit(network.initialise)(jax.random.key(0)), batch.images))
     np.testing.assert_array_equal(*logits)
+
+
+def test_deterministic_is_a_flag_that_xla_reads_once():
+    code = (
+        "import jax, os\n"
+        "from jaxunlearn.devices.configuration import DETERMINISTIC, request_devices\n"
+        "from jaxunlearn.errors import UserError\n"
+        "os.environ['XLA_FLAGS'] = '--xla_cpu_enable_fast_math=false'\n"
+        "request_devices(1, deterministic=True)\n"
+        "request_devices(1, deterministic=True)\n"
+        "print(os.environ['XLA_FLAGS'].split().count(DETERMINISTIC), len(os.environ['XLA_FLAGS'].split()))\n"
+        "jax.devices()\n"  # XLA ends the process at a flag that it does not know
+        "del os.environ['XLA_FLAGS']\n"
+        "try:\n"
+        "    request_devices(1, deterministic=True)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    assert printed[0] == "1 2" and printed[1].startswith("--deterministic: JAX is in use already") and len(printed) == 2

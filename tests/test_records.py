@@ -119,7 +119,7 @@ def test_no_nan_on_disk(path, value):
 
 def test_environment():
     found = environment()
-    assert list(found) == ["versions", "device_kind", "device_count", "cpu", "git_commit"]
+    assert list(found) == ["versions", "device_kind", "device_count", "deterministic", "cpu", "git_commit"]
     assert found["versions"]["jax"] and found["versions"]["python"].startswith("3.")
     assert found["cpu"]["model"] and found["cpu"]["cores"] >= 1 and found["device_count"] >= 1
     assert found["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found["git_commit"])

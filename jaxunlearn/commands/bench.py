@@ -105,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many devices, of each process; on a CPU, makes that many host devices",
     )
     where.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits from the same command on a GPU too, which is slower there; a CPU always has them",
+    )
+    where.add_argument(
         "--save-every",
         type=float,
         default=120.0,
@@ -149,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     seeds = parse_seeds(args.seeds)
     if join(args.coordinator, args.num_processes, args.process_id):
         keep_stdout_for_results()
-    request_devices(args.devices)
+    request_devices(args.devices, args.deterministic)
     with watched():
         request = Request(
             bench=args.bench,

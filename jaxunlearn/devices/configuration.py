@@ -3,18 +3,31 @@
 import glob
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxunlearn.errors import UserError
+
 MOST_DEVICES = 256  # of one machine: XLA starts as many threads as it is told to, and dies of too many
 
 
-def request_devices(count: int | None) -> None:
-    """Makes `count` host devices, at most one a core, where JAX runs on CPUs and has not been used before."""
+DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
+
+
+def request_devices(count: int | None, deterministic: bool = False) -> None:
+    """Makes `count` host devices, at most one a core, where JAX runs on CPUs and has not been used before.
+
+    `deterministic` keeps XLA from operations that add in any order, which only GPUs have. Raises UserError where it is
+    too late for that.
+    """
+    if deterministic and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        if _in_use():
+            raise UserError("--deterministic: JAX is in use already, and reads it only once: start this process anew")
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     # A step's buffers are then taken by the thread that calls it, from the one heap that grows without bound, so that
     # freed ones serve again (`memory.py`). Other threads' are mapped and unmapped; made to share that heap, they leave
     # it in pieces: 8 GB, not 2, for MobileNetV2. Nothing is lost: the loop waits for all steps but one anyway.
@@ -25,9 +38,20 @@ def request_devices(count: int | None) -> None:
     # Devices wait for each other on a thread each; with no more threads than devices XLA's CPU collectives can lock up.
     os.environ.setdefault("NPROC", str(4 * max(min(count, MOST_DEVICES), os.cpu_count() or 1)))
     already_asked = jax.config.values["jax_num_cpu_devices"] > 0
-    if not already_asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with suppress(RuntimeError):  # JAX is in use: `make_mesh` says how many devices it has
-            jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
+    if already_asked or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or _in_use():
+        return  # `make_mesh` says how many there are
+    jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
+
+
+def _in_use() -> bool:
+    """Whether JAX has started its backends: then it refuses other settings of theirs."""
+    before = jax.config.values["jax_num_cpu_devices"]
+    try:
+        jax.config.update("jax_num_cpu_devices", before + 2)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", before)
+    return False
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxunlearn.devices.configuration import DETERMINISTIC
 from jaxunlearn.ops import native
 from jaxunlearn.ops.batching import on_cpu
 from jaxunlearn.version import __version__
@@ -22,14 +23,16 @@ def environment() -> dict[str, Any]:
 
     Returns:
       `versions` (of this package, Python and `PACKAGES`; None: not installed), `device_kind`, `device_count` (all that
-      JAX sees), `cpu` {`model`, `cores` this process may use, `compiled_kernels`: whether they are used}, `git_commit`
-      (of this package's checkout, ending in "-dirty" when tracked files were changed; None outside a checkout).
+      JAX sees), `deterministic` (whether the same command has the same bits), `cpu` {`model`, `cores` this process may
+      use, `compiled_kernels`: whether they are used}, `git_commit` (of this package's checkout, ending in "-dirty" when
+      tracked files were changed; None outside a checkout).
     """
     own = {"jaxunlearn": __version__, "python": platform.python_version()}
     return {
         "versions": own | {name: _version(name) for name in PACKAGES},
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
+        "deterministic": on_cpu() or DETERMINISTIC in os.environ.get("XLA_FLAGS", ""),
         "cpu": {
             "model": _cpu_model(),
             "cores": _cores(),
