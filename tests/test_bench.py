@@ -60,6 +60,7 @@ def test_a_run_prints_a_table_and_leaves_records(bench, tmp_path):
     assert any((tmp_path / "cache" / "xla").iterdir())  # the compilation cache is on
 
 
+@pytest.mark.cpu
 def test_json_prints_one_record_a_line_and_nothing_else(bench, tmp_path):
     status, out, _ = bench(
         "--bench", BENCH, "--seeds", "0-1", "--method", "retain_finetune", "--json", "--devices", "2"

@@ -21,7 +21,7 @@ from jaxunlearn.training import loop
 from jaxunlearn.training.loop import Timing
 from jaxunlearn.training.unlearning import Unlearning
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 __all__ = ["tiny_bench"]  # a fixture
 BATCHES = dataclasses.replace(PROTOCOL, batch_size=32, epoch_length="retain")  # two steps, the last of six images
 

@@ -17,6 +17,8 @@ from jaxunlearn.ops import native
 from jaxunlearn.ops.convolution import conv2d
 from jaxunlearn.ops.normalization import batch_norm
 
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+
 COMPILED = native.library() is not None
 needs_compiler = pytest.mark.skipif(not COMPILED, reason="needs a C++ compiler")
 

@@ -16,6 +16,8 @@ from tiny_bench import DIGITS, NAME, NAME_X64
 from jaxunlearn.devices import processes
 from jaxunlearn.errors import UserError
 
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+
 ONE_SEED = ("--seeds", "3")
 
 

@@ -9,6 +9,8 @@ import pytest
 from jobs import METHODS, SETUPS, STEPS, Job
 from tiny_bench import DIGITS, NAME
 
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, compiled):

@@ -32,7 +32,7 @@ from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.resuming import Saving
 from jaxunlearn.training.unlearning import Unlearning
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
 BENCH = "tiny-digits-class0"
 QUIET = Reporter(quiet=True)
@@ -119,6 +119,7 @@ def stop_after(monkeypatch, steps):
 STEPPED = dataclasses.replace(DIGITS, epoch_length="retain")  # 300 images make 5 steps, the retained ones 5 of them
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("at", [1, 7, 15, 17, 25], ids=["first", "middle", "pretrained", "unlearning", "last"])
 def test_a_run_that_stops_anywhere_goes_on_from_there_and_ends_the_same(tmp_path, monkeypatch, at):
     options = {"seeds": (3, 4), "protocol": STEPPED, "method": "retain_finetune"}
@@ -160,6 +161,7 @@ def test_a_record_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     assert results(request_of(tmp_path, protocol=STEPPED))[0]["status"] == "ok" and not steps
 
 
+@pytest.mark.cpu
 def test_methods_that_are_done_are_not_redone_after_an_interruption(tmp_path, monkeypatch):
     request = request_of(tmp_path, method="retain_finetune negative_gradient", protocol=STEPPED)
     stop_after(monkeypatch, 3 * 5 + 2 * 5 + 1)
@@ -171,6 +173,7 @@ def test_methods_that_are_done_are_not_redone_after_an_interruption(tmp_path, mo
     assert not list(tmp_path.glob("cache/unlearning/*"))
 
 
+@pytest.mark.cpu
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, monkeypatch):
     protocol = dataclasses.replace(STEPPED, precision="fp64")
     monkeypatch.setitem(benchmarks.CHOICES, "precision", ("fp32", "fp64"))

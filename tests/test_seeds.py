@@ -15,7 +15,7 @@ from jaxunlearn.models.network import make_network
 from jaxunlearn.ops import blocks, convolution
 from jaxunlearn.ops.convolution import conv2d
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True, scope="module")
