@@ -4,12 +4,14 @@ Each side of a comparison is a process of its own that waits for the name of a q
 answers with the seconds of one step. So two sides take turns, a burst each, and share whatever the machine is doing.
 """
 
+import dataclasses
 import functools
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +21,8 @@ import numpy as np
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images
-from jaxunlearn.devices.configuration import request_devices
+from jaxunlearn.devices.ceilings import copy_rate, matmul_rate
+from jaxunlearn.devices.configuration import computing, default_precision, programs_kept, request_devices, restored
 from jaxunlearn.devices.sharding import make_mesh, place_shared
 from jaxunlearn.errors import UserError
 from jaxunlearn.models import build
@@ -38,7 +41,6 @@ SCRUB_FIRST = "scrub, first epochs"
 QUANTITIES = (PRETRAIN, *BASELINES, SCRUB_FIRST)
 
 BURST_SECONDS = 2.0  # at least; an epoch at least
-MATMUL = 2048
 
 
 def epoch_steps(protocol: Protocol, num_classes: int) -> int:
@@ -62,12 +64,17 @@ def side(connection: Connection, serve: Callable[..., None], *arguments: Any) ->
         connection.send(error)
 
 
-def answer(connection: Connection, bursts: dict[str, tuple[int, Callable[[], None]]], close: Callable[[], Any]) -> None:
-    """Says "ready", then answers every name in `bursts`, (steps, what runs so many), with the seconds of a step.
+def answer(
+    connection: Connection,
+    about: dict[str, Any],
+    bursts: Mapping[str, tuple[int, Callable[[], None]]],
+    close: Callable[[], Any],
+) -> None:
+    """Says `about`, then answers every name in `bursts`, (steps, what runs so many), with the seconds of a step.
 
     The first burst of a name is preceded by two that are not timed. The answer to None, the last, is `close()`.
     """
-    connection.send("ready")
+    connection.send(about)
     repeats: dict[str, int] = {}
     while (name := connection.recv()) is not None:
         steps, run = bursts[name]
@@ -83,61 +90,118 @@ def answer(connection: Connection, bursts: dict[str, tuple[int, Callable[[], Non
     connection.send(close())
 
 
-def serve(connection: Connection, protocol: Protocol, num_classes: int, num_seeds: int, devices: int | None) -> None:
-    """This package's side: `num_seeds` vmapped over `devices`; a step is one of all seeds. Closes with its report."""
-    request_devices(devices)
-    steps, batch = epoch_steps(protocol, num_classes), protocol.batch_size
-    network, mesh, keys = (
-        make_network(protocol, num_classes),
-        make_mesh(num_seeds, devices),
-        seed_keys(range(num_seeds)),
-    )
-    compile_s: dict[str, float] = {}
+class Burst:
+    """Epochs of what `make` makes, (a Pretraining or an Unlearning, its first state), in `precision`.
 
-    def burst(name: str, make: Callable[[Timing], tuple[Any, Any]], epoch: int) -> Callable[[], None]:
-        """An epoch of what `make` makes, (a Pretraining or an Unlearning, its first state), made at the first call."""
+    It is made at the first call, which alone is compiled: into `programs`, a folder that is empty then.
+    """
+
+    def __init__(self, make: Callable[[Timing], tuple[Any, Any]], workload: "Workload", epoch: int, programs: Path):
+        self._make, self._workload, self._epoch, self._programs = make, workload, epoch, programs
+        self._run: Any = None
+        self._state: Any = None
+        self.compile_s: float | None = None
+
+    def __call__(self) -> None:
+        """One epoch, to its end."""
+        with jax.set_mesh(self._workload.mesh), computing(self._workload.protocol.precision):
+            if self._run is None:
+                self.compile_s = self._begin(0)
+            else:
+                self._advance(0)
+
+    def compile_again(self) -> float:
+        """Seconds that the same programs take with `programs` at hand, as a second process would take them."""
+        self._run = self._state = None
+        jax.clear_caches()
+        with jax.set_mesh(self._workload.mesh), computing(self._workload.protocol.precision):
+            # Where steps are dispatched one by one, the last one has all programs of an epoch.
+            return self._begin(0 if scans() else self._workload.steps - 1)
+
+    def _begin(self, first: int) -> float:
         timing = Timing()
-        made: list[Any] = []
+        with restored("jax_compilation_cache_dir"):
+            jax.config.update("jax_compilation_cache_dir", None)  # the user's own may have these programs already
+            with programs_kept(self._programs):
+                self._run, self._state = self._make(timing)
+                self._advance(first)
+        return timing["compile_s"]
 
-        def run() -> None:
-            with jax.set_mesh(mesh):
-                if not made:
-                    made[:] = make(timing)
-                made[1], _ = made[0].epoch(made[1], keys, epoch)
-                jax.block_until_ready(made[1])
-                compile_s[name] = round(timing["compile_s"], 3)
+    def _advance(self, first: int) -> None:
+        self._state, self.metrics = self._run.epoch(self._state, self._workload.keys, self._epoch, first=first)
+        jax.block_until_ready(self._state)
 
-        return run
 
-    def images(sets: int) -> Images:
-        return place_shared(Images(*map(jnp.asarray, synthetic(protocol, num_classes, sets * steps * batch))), mesh)
+class Workload:
+    """A benchmark's steps on synthetic images for `num_seeds` seeds together, over `devices` (None: all)."""
 
-    def pretraining(timing: Timing) -> tuple[Any, Any]:
-        run = Pretraining(network, protocol, images(1), np.arange(steps * batch), mesh, timing)
-        return run, run.start(keys)
+    def __init__(self, protocol: Protocol, num_classes: int, num_seeds: int, devices: int | None):
+        self.protocol, self.num_classes = protocol, num_classes
+        self.mesh, self.keys = make_mesh(num_seeds, devices), seed_keys(range(num_seeds))
+        self.steps = epoch_steps(protocol, num_classes)  # of an epoch
+        self._network = make_network(protocol, num_classes)
 
-    def unlearning(method: str, timing: Timing) -> tuple[Any, Any]:
-        split = Split(np.arange(steps * batch), np.arange(steps * batch, 2 * steps * batch))
-        run = Unlearning(get_method(method), network, protocol, num_classes, images(2), split, mesh, timing)
-        params, batch_stats = jax.jit(jax.vmap(network.initialise))(keys)
-        return run, run.start(params, batch_stats, keys)
+    def burst(self, quantity: str, programs: Path) -> Burst:
+        """The epochs of one of `QUANTITIES`."""
+        make = self._pretraining if quantity == PRETRAIN else functools.partial(self._unlearning, quantity)
+        return Burst(make, self, 2 if quantity == "scrub" else 0, programs)
+
+    def _images(self, sets: int) -> Images:
+        images = synthetic(self.protocol, self.num_classes, sets * self.steps * self.protocol.batch_size)
+        return place_shared(Images(*map(jnp.asarray, images)), self.mesh)
+
+    def _pretraining(self, timing: Timing) -> tuple[Any, Any]:
+        indices = np.arange(self.steps * self.protocol.batch_size)
+        run = Pretraining(self._network, self.protocol, self._images(1), indices, self.mesh, timing)
+        return run, run.start(self.keys)
+
+    def _unlearning(self, quantity: str, timing: Timing) -> tuple[Any, Any]:
+        count = self.steps * self.protocol.batch_size
+        split = Split(np.arange(count), np.arange(count, 2 * count))
+        method = get_method("scrub" if quantity == SCRUB_FIRST else quantity)
+        run = Unlearning(
+            method, self._network, self.protocol, self.num_classes, self._images(2), split, self.mesh, timing
+        )
+        params, batch_stats = jax.jit(jax.vmap(self._network.initialise))(self.keys)
+        return run, run.start(params, batch_stats, self.keys)
+
+
+def serve(
+    connection: Connection,
+    protocol: Protocol,
+    num_classes: int,
+    precision: str | None,
+    num_seeds: int,
+    devices: int | None,
+    programs: Path,
+) -> None:
+    """This package's side: a step is one of all seeds. `precision` None is the platform's own.
+
+    Says at first what the other side must know, {"precision", "platform", "steps"}, and closes with its report.
+    `programs` is an empty folder: a quantity's programs are kept in one of their own there, since two may share some.
+    """
+    request_devices(devices)
+    protocol = dataclasses.replace(protocol, precision=precision or default_precision())
+    workload = Workload(protocol, num_classes, num_seeds, devices)
+    bursts = {name: workload.burst(name, programs / str(i)) for i, name in enumerate(QUANTITIES)}
 
     def close() -> dict[str, Any]:
-        rate = matmul_rate()
+        peak = peak_memory()  # before what takes more
+        rate, copied = matmul_rate(protocol.precision), copy_rate()
+        devices = 1 if jax.default_backend() == "cpu" else workload.mesh.size  # those of a CPU share its cores
+        done = {name: burst for name, burst in bursts.items() if burst.compile_s is not None}
         return {
-            "compile_s": compile_s,
-            "peak_memory_gib": peak_memory(),
-            "matmul_gflops": rate / 1e9,
+            "compile_s": {name: round(burst.compile_s or 0, 3) for name, burst in done.items()},
+            "warm_compile_s": {name: round(burst.compile_again(), 3) for name, burst in done.items()},
+            "peak_memory_gib": peak,
+            "matmul_gflops": devices * rate / 1e9,
+            "copy_gb_s": devices * copied / 1e9,
             "multiply_adds": multiply_adds(protocol, num_classes),
-            "environment": environment() | {"device_count": mesh.size},
+            "environment": environment() | {"device_count": workload.mesh.size},
         }
 
-    bursts = {PRETRAIN: (steps, burst(PRETRAIN, pretraining, 0))}
-    for name in BASELINES:
-        later = 2 if name == "scrub" else 0
-        bursts[name] = (steps, burst(name, functools.partial(unlearning, name), later))
-    bursts[SCRUB_FIRST] = (steps, burst(SCRUB_FIRST, functools.partial(unlearning, "scrub"), 0))
-    answer(connection, bursts, close)
+    about = {"precision": protocol.precision, "platform": jax.default_backend(), "steps": workload.steps}
+    answer(connection, about, {name: (workload.steps, burst) for name, burst in bursts.items()}, close)
 
 
 def multiply_adds(protocol: Protocol, num_classes: int) -> int:
@@ -162,19 +226,6 @@ def multiply_adds(protocol: Protocol, num_classes: int) -> int:
     with nn.intercept_methods(count):
         jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     return total
-
-
-def matmul_rate() -> float:
-    """The best FLOP/s of a float32 product of 2048 x 2048 matrices."""
-    a = jnp.ones((MATMUL, MATMUL), jnp.float32)
-    product = jax.jit(lambda a: jnp.dot(a, a, precision="highest"))
-    jax.block_until_ready(product(a))
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a))
-        best = min(best, time.perf_counter() - start)
-    return 2 * MATMUL**3 / best
 
 
 def peak_memory() -> float:

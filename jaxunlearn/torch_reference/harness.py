@@ -41,8 +41,16 @@ def kl_divergence(targets: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(logits, 1), targets, reduction="batchmean")
 
 
+def compiled(model: nn.Module, **options) -> nn.Module:
+    """The model, in place, as `torch.compile(**options)` runs it; what is `frozen` of it too."""
+    model.compile(**options)
+    model.compile_options = options  # type: ignore[assignment]
+    return model
+
+
 def frozen(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)  # of what is compiled, a copy is not
+    return compiled(teacher, **model.compile_options) if hasattr(model, "compile_options") else teacher  # type: ignore
 
 
 # Each baseline is a function of the model that makes its step: (optimizer, retain, forget, epoch) -> loss.
@@ -123,23 +131,23 @@ def evaluate(model: nn.Module, test: Pair, members: Tensor, forget_class: int) -
 
 
 class Batches:
-    """Batches made as the package makes them: uint8 images in memory, crop and flip in one gather, normalised."""
+    """Batches made as the package makes them, where the images are: uint8, crop and flip in one gather, normalised."""
 
     def __init__(self, images: Tensor, labels: Tensor, protocol: Protocol):
         self.pad, size = protocol.crop_pixels, images.shape[1]
         mode = "constant" if protocol.crop_padding == "zero" else "reflect"
         planes = F.pad(images.permute(0, 3, 1, 2), (self.pad,) * 4, mode)  # u8[N, C, H, W]
         self.images, self.labels = planes.permute(0, 2, 3, 1).contiguous(), labels.long()
-        self.flip, self.size = protocol.flip, torch.arange(size)
-        self.mean, self.std = (torch.tensor(values) for values in (protocol.mean, protocol.std))
+        self.device = images.device
+        self.flip, self.size = protocol.flip, torch.arange(size, device=self.device)
+        self.mean, self.std = (torch.tensor(v, device=self.device) for v in (protocol.mean, protocol.std))
 
     def __call__(self, chosen: Tensor) -> Pair:
         """The images at `chosen`, i64[B], cropped, flipped and normalised."""
         count = len(chosen)
-        rows = torch.randint(2 * self.pad + 1, (count, 1)) + self.size
-        columns = torch.randint(2 * self.pad + 1, (count, 1)) + self.size
+        rows, columns = (torch.randint(2 * self.pad + 1, (count, 1), device=self.device) + self.size for _ in range(2))
         if self.flip:
-            columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+            columns = torch.where(torch.rand(count, 1, device=self.device) < 0.5, columns.flip(1), columns)
         pixels = self.images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
         images = (pixels.float().div_(255) - self.mean).div_(self.std)
         return images.permute(0, 3, 1, 2), self.labels[chosen]
