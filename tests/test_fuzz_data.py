@@ -17,7 +17,7 @@ from test_tfds import Cifar10, prepare
 from jaxunlearn.data import datasets, readers
 from jaxunlearn.data.readers import Blob
 
-pytestmark = small_sets
+pytestmark = [small_sets, pytest.mark.slow]
 __all__ = ["inside"]  # a fixture
 
 SHAPE = (32, 32, 3)

@@ -25,7 +25,7 @@ from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import from_state_dict, load_weights, to_state_dict
 from jaxunlearn.models.weight_files import read_weights
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 __all__ = ["inside"]  # a fixture
 
 
