@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compares, prints, and returns the exit status. Raises UserError."""
     from jaxunlearn.data.datasets import DATASETS, find, load
+    from jaxunlearn.devices.configuration import computing
     from jaxunlearn.registry import BASELINES, get_method
 
     protocol = get_benchmark(args.bench)
@@ -49,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"this needs PyTorch: {INSTALL_TORCH}") from None
     cache = default_cache()
     dataset = find(protocol.dataset, None, cache) or load("digits", None, cache)
-    case = make_case(protocol, DATASETS[protocol.dataset].num_classes, dataset, args.steps)
-    rows = parity.compare_models(case)
-    for name in [args.method] if args.method else BASELINES:
-        print(f"comparing {name} ...", file=sys.stderr)
-        rows += parity.compare(case, name)
+    with computing("fp32"):
+        case = make_case(protocol, DATASETS[protocol.dataset].num_classes, dataset, args.steps)
+        rows = parity.compare_models(case)
+        for name in [args.method] if args.method else BASELINES:
+            print(f"comparing {name} ...", file=sys.stderr)
+            rows += parity.compare(case, name)
     ok, open_rows = all(row.verdict != "OUT" for row in rows), sum(row.verdict == "open" for row in rows)
     about = {"bench": args.bench, "images": dataset.name, "steps": args.steps, "ok": ok, "open": open_rows}
     if args.json:

@@ -13,8 +13,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxunlearn.errors import UserError
 
 MOST_DEVICES = 256  # of one machine: XLA starts as many threads as it is told to, and dies of too many
-
-
 DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
