@@ -169,6 +169,7 @@ def test_all_of_it_at_tiny_size(tmp_path, capsys):
     assert {result["arm"] for result in results} == {arm.name for arm in parse(TINY)}
     found = {kind: next(r for r in results if r["arm"] == name) for kind, name in by_kind.items()}
     assert found["agree"]["ok"] and found["digits"]["warm_same_bits"] and found["ceilings"]["copy_gb_s"] > 0
+    assert found["digits"]["programs"] > found["digits"]["compiled_again"]
     assert found["train"]["images_per_s"] > 0 and found["torch"]["form"] == "eager"
     shown = capsys.readouterr().out
     assert shown.startswith("{") and "digits" in shown.splitlines()[-2]

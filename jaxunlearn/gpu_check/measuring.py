@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -124,10 +125,10 @@ def agree(turn: Turn, tiny: bool, model: str) -> dict[str, Any]:
         b = np.asarray(b, np.float64)
         return float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
 
-    turn.take_before_compiling()
     with jax.default_device(cpu):
         variables = jax.device_get(jax.jit(network.initialise)(jax.random.key(0)))
         expected = jax.device_get(jax.jit(results).lower(*variables).compile()(*variables))
+    turn.take_before_compiling()  # only now: the CPU's own takes nothing of the device
     errors = {}
     for precision in WITHIN:
         with jax.default_matmul_precision(precision):
@@ -197,23 +198,25 @@ def torch(turn: Turn, tiny: bool, model: str, precision: str, *forms: str) -> It
 def digits(turn: Turn, tiny: bool) -> dict[str, Any]:
     """A whole run compiled, again with its programs kept, and with deterministic operations: seconds, and same bits?"""
     turn.take()
-    bits, seconds = {}, {}
+    bits, seconds, programs = {}, {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind in ("cold", "warm", "deterministic"):
             flags = os.environ.get("XLA_FLAGS", "")
             if kind == "deterministic" and not tiny:  # a CPU does not know the flag
                 flags = f"{flags} --xla_gpu_exclude_nondeterministic_ops=true"
-            if kind == "warm":  # the programs, not the pretrained model
-                (folder / "warm").mkdir()
-                (folder / "cold" / "xla").rename(folder / "warm" / "xla")
+            # The programs are found again only in a folder of the same name. The models must not be.
+            cache = folder / ("deterministic" if kind == "deterministic" else "cache")
+            for models in cache.glob("*"):
+                if models.name != "xla":
+                    shutil.rmtree(models)
             where = (
                 "--cache-dir",
-                folder / kind,
+                cache,
                 "--out",
-                folder / kind / "out",
+                folder / f"{kind}-out",
                 "--export-weights",
-                folder / kind / "w",
+                folder / f"{kind}-weights",
             )
             command = [sys.executable, "-m", "jaxunlearn", "bench", *DIGITS, *(TINY_DIGITS if tiny else ()), *where]
             start = time.perf_counter()
@@ -227,9 +230,11 @@ def digits(turn: Turn, tiny: bool) -> dict[str, Any]:
             if done.returncode:
                 raise SystemExit(f"the {kind} run ended with {done.returncode}: {done.stderr.strip()[-200:]}")
             seconds[f"{kind}_s"] = round(time.perf_counter() - start, 1)
-            files = sorted((folder / kind / "w").rglob("*.safetensors"))
+            files = sorted((folder / f"{kind}-weights").rglob("*.safetensors"))
             bits[kind] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return seconds | {f"{kind}_same_bits": bits[kind] == bits["cold"] for kind in ("warm", "deterministic")}
+            programs[kind] = len(list((cache / "xla").glob("*-cache")))
+    same = {f"{kind}_same_bits": bits[kind] == bits["cold"] for kind in ("warm", "deterministic")}
+    return seconds | same | {"programs": programs["cold"], "compiled_again": programs["warm"] - programs["cold"]}
 
 
 def _kind() -> str:
