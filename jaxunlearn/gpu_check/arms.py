@@ -47,12 +47,11 @@ DEFAULT = """
 """
 # One of each kind: for a CPU, to see that all of it works.
 TINY = """
-60 ceilings # nothing
-60 agree resnet # nothing
-60 XLA_FLAGS=--xla_force_host_platform_device_count=1 train resnet tf32 2 128 # nothing
-60 train resnet bf16 1 vmap # nothing
-60 torch resnet fp32 eager # nothing
-60 digits # nothing
+300 ceilings # nothing
+300 agree resnet # nothing
+300 XLA_FLAGS=--xla_force_host_platform_device_count=1 train resnet bf16 1 vmap # nothing
+300 torch resnet fp32 eager # nothing
+300 digits # nothing
 """
 
 
