@@ -91,15 +91,18 @@ def answer(
 
 
 class Burst:
-    """Epochs of what `make` makes, (a Pretraining or an Unlearning, its first state), in `precision`.
+    """Epochs of one of `QUANTITIES`.
 
-    It is made at the first call, which alone is compiled: into `programs`, a folder that is empty then.
+    Its Pretraining or Unlearning is made at the first call, which alone compiles: into `programs`, a folder that is
+    empty then. `metrics` are those of the last epoch.
     """
 
-    def __init__(self, make: Callable[[Timing], tuple[Any, Any]], workload: "Workload", epoch: int, programs: Path):
-        self._make, self._workload, self._epoch, self._programs = make, workload, epoch, programs
+    def __init__(self, workload: "Workload", quantity: str, programs: Path):
+        self._workload, self._quantity, self._programs = workload, quantity, programs
+        self._epoch = 2 if quantity == "scrub" else 0
         self._run: Any = None
         self._state: Any = None
+        self.metrics: dict[str, np.ndarray] = {}
         self.compile_s: float | None = None
 
     def __call__(self) -> None:
@@ -123,7 +126,7 @@ class Burst:
         with restored("jax_compilation_cache_dir"):
             jax.config.update("jax_compilation_cache_dir", None)  # the user's own may have these programs already
             with programs_kept(self._programs):
-                self._run, self._state = self._make(timing)
+                self._run, self._state = self._workload.make(self._quantity, timing)
                 self._advance(first)
         return timing["compile_s"]
 
@@ -133,18 +136,22 @@ class Burst:
 
 
 class Workload:
-    """A benchmark's steps on synthetic images for `num_seeds` seeds together, over `devices` (None: all)."""
+    """A benchmark's steps on synthetic images for `num_seeds` seeds together, over `devices` (None: all).
 
-    def __init__(self, protocol: Protocol, num_classes: int, num_seeds: int, devices: int | None):
+    An epoch has `steps`, None being as many as suit the platform.
+    """
+
+    def __init__(
+        self, protocol: Protocol, num_classes: int, num_seeds: int, devices: int | None, steps: int | None = None
+    ):
         self.protocol, self.num_classes = protocol, num_classes
         self.mesh, self.keys = make_mesh(num_seeds, devices), seed_keys(range(num_seeds))
-        self.steps = epoch_steps(protocol, num_classes)  # of an epoch
+        self.steps = steps or epoch_steps(protocol, num_classes)
         self._network = make_network(protocol, num_classes)
 
-    def burst(self, quantity: str, programs: Path) -> Burst:
-        """The epochs of one of `QUANTITIES`."""
-        make = self._pretraining if quantity == PRETRAIN else functools.partial(self._unlearning, quantity)
-        return Burst(make, self, 2 if quantity == "scrub" else 0, programs)
+    def make(self, quantity: str, timing: Timing) -> tuple[Any, Any]:
+        """A Pretraining or an Unlearning, and its first state."""
+        return self._pretraining(timing) if quantity == PRETRAIN else self._unlearning(quantity, timing)
 
     def _images(self, sets: int) -> Images:
         images = synthetic(self.protocol, self.num_classes, sets * self.steps * self.protocol.batch_size)
@@ -183,7 +190,7 @@ def serve(
     request_devices(devices)
     protocol = dataclasses.replace(protocol, precision=precision or default_precision())
     workload = Workload(protocol, num_classes, num_seeds, devices)
-    bursts = {name: workload.burst(name, programs / str(i)) for i, name in enumerate(QUANTITIES)}
+    bursts = {name: Burst(workload, name, programs / str(i)) for i, name in enumerate(QUANTITIES)}
 
     def close() -> dict[str, Any]:
         peak = peak_memory()  # before what takes more

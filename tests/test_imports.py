@@ -23,6 +23,7 @@ ORDER = [
     ("results",),
     ("runs", "speed"),
     ("torch_reference",),
+    ("gpu_check",),
     ("api", "commands"),
     ("", "__main__"),  # the package itself: what its users see
 ]

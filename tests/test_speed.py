@@ -191,10 +191,9 @@ assert not xla_bridge.backends_are_initialized()
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, capture_output=True, text=True)
 
 
-def test_compiling_again_finds_the_programs_whatever_cache_there_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(speed, "epoch_steps", lambda protocol, num_classes: 2)
-    workload = speed.Workload(dataclasses.replace(PROTOCOL, batch_size=8), CLASSES, 1, 1)
-    burst = workload.burst("retain_finetune", tmp_path / "own")
+def test_compiling_again_finds_the_programs_whatever_cache_there_is(tmp_path):
+    workload = speed.Workload(dataclasses.replace(PROTOCOL, batch_size=8), CLASSES, 1, 1, steps=2)
+    burst = speed.Burst(workload, "retain_finetune", tmp_path / "own")
     events = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
     hits = ("cache_hits", "cache_misses")

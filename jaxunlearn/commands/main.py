@@ -4,12 +4,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxunlearn.commands import bench, parity, speed
+from jaxunlearn.commands import bench, gpu_check, parity, speed
 from jaxunlearn.commands.parser import Parser, exit_status, take_command
 from jaxunlearn.devices.memory import plainly_started, restart_with_memory_kept
 from jaxunlearn.version import __version__
 
-COMMANDS = {"bench": bench, "speed": speed, "parity": parity}
+COMMANDS = {"bench": bench, "speed": speed, "parity": parity, "gpu-check": gpu_check}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
