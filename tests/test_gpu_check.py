@@ -13,6 +13,8 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.gpu_check import schedule
 from jaxunlearn.gpu_check.arms import DEFAULT, TINY, Arm, parse
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_list_of_arms():
     first, second = parse(
