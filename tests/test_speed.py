@@ -144,6 +144,22 @@ def test_the_first_side_decides_the_precision_and_the_other_is_told(asked, told,
     assert ours[-1] != one[-1]  # where they keep their programs
 
 
+def test_the_table_says_how_pytorch_ran_and_what_failed(monkeypatch, capsys):
+    pytest.importorskip("torch")
+    times = dict.fromkeys(speed.QUANTITIES, 1.5)
+    ours = {"compile_s": times, "warm_compile_s": times, "copy_gb_s": 3.0, "peak_memory_gib": 1.0}
+    ours["environment"] = {"device_count": 1, "device_kind": "a GPU"}
+    theirs = {
+        "settings": {name: {"form": "compiled", "precision": "bf16"} for name in speed.QUANTITIES},
+        "left_out": {"scrub: CUDA graphs, bf16": "RuntimeError: [no] memory"},
+    }
+    monkeypatch.setattr(command, "Side", canned(GPU, **ours, **theirs))
+    assert main(["speed", "--bench", "resnet20-digits-class0", "--against", "torch-best"]) == 0
+    shown = capsys.readouterr().out
+    assert "torch-best" in shown and shown.count("compiled, bf16") == len(times) and "tf32, 1 a GPU" in shown
+    assert "left out, scrub: CUDA graphs, bf16: RuntimeError: [no] memory" in shown
+
+
 @pytest.mark.parametrize("against", ["torch", "torch-best"])
 def test_pytorch_is_told_what_jax_runs_on(against, monkeypatch, capsys):
     torch_speed = pytest.importorskip("jaxunlearn.torch_reference.speed")
