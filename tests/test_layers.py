@@ -14,6 +14,8 @@ from jaxunlearn.ops.convolution import conv2d
 from jaxunlearn.ops.normalization import EPS, batch_norm
 from jaxunlearn.ops.pooling import max_pool
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _full_precision():

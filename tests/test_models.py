@@ -19,6 +19,8 @@ from jaxunlearn.models.layers import Conv, Linear
 from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
 

@@ -30,7 +30,7 @@ from jaxunlearn.randomness import Stream, stream_key
 from jaxunlearn.training import loop
 from jaxunlearn.training.pretraining import make_optimizer
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 SEEDS = (1, 2, 3)
 EPOCHS = PROTOCOL.pretrain_epochs
 

@@ -21,7 +21,7 @@ from jaxunlearn.devices import ceilings
 from jaxunlearn.devices.configuration import programs_kept
 from jaxunlearn.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
 
 class Thread:

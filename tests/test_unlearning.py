@@ -32,7 +32,7 @@ from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import Method
 from jaxunlearn.training.unlearning import Split, check_rule, epoch_plan, make_context
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 SEEDS = (1, 2)
 RULE = "negative_gradient"  # not linear in the batch, two forwards, both kinds of images
 
