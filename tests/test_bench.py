@@ -16,7 +16,7 @@ from jaxunlearn import benchmarks
 from jaxunlearn.commands.main import main
 from jaxunlearn.torch_style import baselines
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
 BENCH, FASHION = "tiny-digits-class0", "tiny-fmnist-class0"
 TINY = dataclasses.replace(PROTOCOL, batch_size=64, pretrain_epochs=2, unlearn_epochs=2)

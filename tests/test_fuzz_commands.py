@@ -15,7 +15,7 @@ from jaxunlearn.registry import parse_value
 from jaxunlearn.results.tables import summarize
 from jaxunlearn.runs import running
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 __all__ = ["bench", "inside"]  # fixtures
 
 

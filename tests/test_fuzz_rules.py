@@ -13,7 +13,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.registry import build_rule, get_method
 from jaxunlearn.training.unlearning import check_rule
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 __all__ = ["inside"]  # a fixture
 
 IMPORTS = "import sys\nimport jax\nimport jax.numpy as jnp\nimport numpy as np\nkept = []\n"

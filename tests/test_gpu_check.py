@@ -1,5 +1,6 @@
 """The check of a GPU: its lists, its schedule, and all of it at tiny size on a CPU."""
 
+import importlib.util
 import json
 import sys
 import threading
@@ -172,6 +173,8 @@ def test_all_of_it_at_tiny_size(tmp_path, capsys):
     found = {kind: next(r for r in results if r["arm"] == name) for kind, name in by_kind.items()}
     assert found["agree"]["ok"] and found["digits"]["warm_same_bits"] and found["ceilings"]["copy_gb_s"] > 0
     assert found["digits"]["programs"] > found["digits"]["compiled_again"]
-    assert found["train"]["images_per_s"] > 0 and found["torch"]["form"] == "eager"
+    assert found["train"]["images_per_s"] > 0
+    with_torch = importlib.util.find_spec("torch") is not None
+    assert found["torch"].get("form") == "eager" if with_torch else "not installed" in found["torch"]["skipped"]
     shown = capsys.readouterr().out
     assert shown.startswith("{") and "digits" in shown.splitlines()[-2]

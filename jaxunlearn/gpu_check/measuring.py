@@ -172,8 +172,12 @@ def train(turn: Turn, tiny: bool, model: str, precision: str, seeds: str, width:
 
 
 def torch(turn: Turn, tiny: bool, model: str, precision: str, *forms: str) -> Iterator[dict[str, Any]]:
-    """A line for each form of PyTorch, of which one may fail."""
-    import torch
+    """A line for each form of PyTorch, of which one may fail; one that says so where PyTorch is not installed."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        yield {"skipped": "PyTorch is not installed"}
+        return
 
     from jaxunlearn.torch_reference.speed import Setting, Steps
 
