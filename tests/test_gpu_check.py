@@ -42,7 +42,8 @@ def test_a_list_of_arms():
         "9 ceilings now",
         "9 agree lenet",
         "9 train resnet tf32 0 64",
-        "9 train resnet tf32 8 65",
+        "9 train resnet tf32 8 64",
+        "9 train resnet tf32 8 0-64",
         "9 torch resnet tf32",
         "9 torch resnet tf32 eager fast",
     ],
@@ -83,10 +84,12 @@ def test_an_arms_lines_are_told_and_how_it_failed(monkeypatch):
         "import os; print('measuring'); print('noise'); print('{\"said\": \"%s\"}' % os.environ['SAID'])",
         "import sys; sys.exit('first\\nlast words')",
         "import os; os.abort()",
+        "import os, sys; sys.stderr.write('F1126 x.cc] Check failed\\n @ main\\n'); sys.stderr.flush(); os.abort()",
     ]
     told, _ = run(scripts, monkeypatch)
     assert told[0]["said"] == "so" and told[0]["seconds"] >= 0
     assert told[1]["error"] == "status 1: last words" and told[2]["error"].startswith("status -6")
+    assert told[3]["error"] == "status -6: F1126 x.cc] Check failed"
 
 
 def test_an_arm_has_its_limit_from_its_turn_on(monkeypatch):
@@ -154,7 +157,7 @@ def test_the_table_is_short_and_says_what_is_decided(capsys):
 
 
 def test_what_is_shown_of_a_result():
-    found = {"loss": 1e-7, "logits": 2e-6, "worst_gradient": 3e-6}
+    found = {"loss": 1e-7, "logits": 2e-6, "worst_layer": 3e-6}
     assert (
         summary({"ok": True, "highest": found, "default": found}) == "as it should be: highest 3.0e-06; default 3.0e-06"
     )

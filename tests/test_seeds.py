@@ -92,19 +92,20 @@ def random(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-# height and width, channels, features, kernel, stride, groups; of how many convolutions 2, 3, 5 and 8 seeds are
+# height and width, channels, features, kernel, stride, groups; in how many groups 2, 3, 5 and 8 seeds are:
+# of images, of the kernel's gradient
+EACH, ONE = (2, 3, 5, 8), (1, 1, 1, 1)
 LAYERS = {
-    "stem": ((6, 3, 16, 3, 1, 1), (1, 1, 1, 1)),
-    "16": ((6, 16, 16, 3, 1, 1), (1, 1, 2, 2)),
-    "16 to 32": ((6, 16, 32, 3, 2, 1), (1, 1, 2, 2)),
-    "32": ((5, 32, 32, 3, 1, 1), (1, 2, 3, 4)),
-    "64": ((4, 64, 64, 3, 1, 1), (2, 3, 5, 8)),
-    "64 to 128": ((4, 64, 128, 3, 2, 1), (2, 3, 5, 8)),
-    "128": ((3, 128, 128, 3, 1, 1), (2, 3, 5, 8)),
-    "1x1": ((4, 24, 40, 1, 1, 1), (0, 0, 0, 0)),
-    "1x1 stride 2": ((5, 16, 32, 1, 2, 1), (0, 0, 0, 0)),
-    "depthwise": ((5, 24, 24, 3, 1, 24), (1, 1, 1, 1)),
-    "depthwise stride 2": ((6, 24, 24, 3, 2, 24), (1, 1, 1, 1)),
+    "stem": ((6, 3, 16, 3, 1, 1), ONE, ONE),
+    "16": ((6, 16, 16, 3, 1, 1), EACH, (1, 1, 1, 2)),
+    "16 to 32": ((6, 16, 32, 3, 2, 1), EACH, (1, 1, 1, 2)),
+    "32": ((5, 32, 32, 3, 1, 1), EACH, (1, 1, 1, 4)),
+    "64": ((4, 64, 64, 3, 1, 1), EACH, EACH),
+    "64 to 128": ((4, 64, 128, 3, 2, 1), EACH, EACH),
+    "1x1": ((4, 24, 40, 1, 1, 1), EACH, (1, 1, 1, 2)),
+    "1x1 stride 2": ((5, 16, 32, 1, 2, 1), EACH, (1, 1, 1, 2)),
+    "depthwise": ((5, 24, 24, 3, 1, 24), (48, 72, 120, 192), (48, 72, 120, 192)),
+    "depthwise stride 2": ((6, 24, 24, 3, 2, 24), (48, 72, 120, 192), (48, 72, 120, 192)),
 }
 
 
@@ -130,17 +131,31 @@ def seeds_of(tree, count):
     return jax.tree.map(lambda a: a[:count], tree)
 
 
-@pytest.mark.parametrize(("shape", "calls"), LAYERS.values(), ids=LAYERS)
-def test_seeds_of_a_layer_are_each_seed_alone(shape, calls):
+def groups_of(program, arrays):
+    """Those of each convolution, in their order."""
+    found, _ = convolutions(jax.make_jaxpr(program)(*arrays).jaxpr, [True] * 3)
+    return [max(params["feature_group_count"], params["batch_group_count"]) for params, _ in found]
+
+
+@pytest.mark.parametrize(("shape", "of_images", "of_kernel"), LAYERS.values(), ids=LAYERS)
+def test_seeds_of_a_layer_are_each_seed_alone(shape, of_images, of_kernel):
     arrays, run = layer_of(shape, 8)
     alone = jax.jit(lambda *arrays: jax.lax.map(lambda one: run(*one), arrays))(*arrays)
-    for seeds in (1, 2, 3, 5, 8):
-        traced = jax.jit(jax.vmap(run)).trace(*seeds_of(arrays, seeds))
-        if seeds > 1:
-            found, _ = convolutions(traced.jaxpr.jaxpr, [True] * 3)
-            assert len(found) == 3 * calls[(2, 3, 5, 8).index(seeds)]
-        together = traced.lower().compile()(*seeds_of(arrays, seeds))
-        assert_close(together, seeds_of(alone, seeds), 1e-5)
+    for seeds, images, kernel in zip(EACH, of_images, of_kernel, strict=True):
+        some = seeds_of(arrays, seeds)
+        assert groups_of(jax.vmap(run), some) == [images, images, kernel]
+        assert_close(jax.jit(jax.vmap(run))(*some), seeds_of(alone, seeds), 1e-5)
+    assert groups_of(jax.vmap(run), seeds_of(arrays, 1)) == [shape[-1]] * 3
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (64, 16), (128, 128)])
+def test_the_widths_of_groups_are_said_in_one_place(widths, monkeypatch):
+    arrays, run = layer_of(LAYERS["16"][0], 8)
+    alone = jax.jit(jax.vmap(run))(*arrays)
+    monkeypatch.setitem(blocks.WIDTHS, 4, widths)
+    images, kernel = (min(8, 128 // width) for width in widths)
+    assert groups_of(jax.vmap(run), arrays) == [images, images, kernel]
+    assert_close(jax.jit(jax.vmap(run))(*arrays), alone, 1e-5)
 
 
 @pytest.mark.parametrize("shared", [0, 1], ids=["images", "kernel"])
@@ -154,14 +169,9 @@ def test_seeds_may_share_what_they_compute_with(name, shared):
     assert_close(together, jax.tree.map(lambda *a: jnp.stack(a), *each), 1e-5)
 
 
-def test_the_width_of_a_block_is_one_number(monkeypatch):
-    arrays, run = layer_of(LAYERS["16"][0], 8)
-    for width, calls in ((1, 8), (32, 4), (128, 1)):
-        monkeypatch.setattr(blocks, "WIDTH", width)
-        assert len(convolutions(jax.make_jaxpr(jax.vmap(run))(*arrays).jaxpr, [True] * 3)[0]) == 3 * calls
-
-
-def test_a_seed_that_diverges_is_seen_and_does_not_touch_its_block():
+@pytest.mark.parametrize("width", [16, 64])
+def test_a_seed_that_diverges_is_seen_and_does_not_touch_its_group(width, monkeypatch):
+    monkeypatch.setitem(blocks.WIDTHS, 4, (width, 64))
     arrays, run = layer_of(LAYERS["16"][0], 3)
     program = jax.jit(jax.vmap(run))
     expected = program(*arrays)

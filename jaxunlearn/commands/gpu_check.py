@@ -93,5 +93,5 @@ def summary(result: dict[str, Any]) -> str:
     if "ok" in result:
         worst = "; ".join(f"{name} {max(result[name].values()):.1e}" for name in ("highest", "default"))
         return f"{'as it should be' if result['ok'] else 'OUT'}: {worst}"
-    hidden = ("arm", "seconds", "form", "calls", "transposes", "loss", "device")
+    hidden = ("arm", "seconds", "form", "calls", "transposes", "longest", "loss", "device")
     return ", ".join(f"{name} {value}" for name, value in result.items() if name not in hidden)

@@ -1,5 +1,6 @@
 """The arms of a check: which there are, and how they are written down."""
 
+import re
 import shlex
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ MODELS = {
     "mobilenet": "mobilenetv2-fmnist-class0",
 }
 PRECISIONS = ("fp32", "tf32", "bf16")
-WIDTHS = ("64", "128", "vmap")  # `ops.blocks.WIDTH`, or no blocks at all
+WIDTHS = r"[1-9]\d*-[1-9]\d*|vmap"  # one of `ops.blocks.WIDTHS`, or what `vmap` makes of it
 FORMS = {"eager": "eager", "compiled": "compiled", "graphs": "CUDA graphs"}  # of PyTorch
 
 # LIMIT [NAME=VALUE ...] WORDS [# WHAT IT DECIDES], the most telling first. The words:
@@ -98,7 +99,11 @@ def _known(words: list[str]) -> bool:
             return model in MODELS
         case ["train", model, precision, seeds, width]:
             return (
-                model in MODELS and precision in PRECISIONS and seeds.isdecimal() and seeds != "0" and width in WIDTHS
+                model in MODELS
+                and precision in PRECISIONS
+                and seeds.isdecimal()
+                and seeds != "0"
+                and re.fullmatch(WIDTHS, width) is not None
             )
         case ["torch", model, precision, form, *forms]:
             return model in MODELS and precision in PRECISIONS and {form, *forms} <= FORMS.keys()

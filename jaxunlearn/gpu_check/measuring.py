@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from filelock import FileLock
 
 from jaxunlearn import speed
@@ -25,16 +23,14 @@ from jaxunlearn.benchmarks import Protocol, get_benchmark
 from jaxunlearn.data.datasets import DATASETS
 from jaxunlearn.devices import ceilings as device
 from jaxunlearn.errors import one_line
+from jaxunlearn.gpu_check.agreement import agreement
 from jaxunlearn.gpu_check.arms import FORMS, MODELS
+from jaxunlearn.gpu_check.kernels import profiled
 from jaxunlearn.gpu_check.schedule import TURN, TURN_TAKEN
-from jaxunlearn.methods.rule import cross_entropy
-from jaxunlearn.models.network import make_network
 from jaxunlearn.ops import blocks, convolution
 
 LARGE = 60_000  # characters of a program: those of a training step have some 300,000, those around it a few thousand
 STEPS = 100  # of an epoch of PyTorch's: as many as ours has on a GPU
-# Between what is float32 and what is less, which is 3e-4 a convolution: see `devices.configuration.computing`.
-WITHIN = {"highest": 1e-5, "default": 1e-3}
 DIGITS = ("--bench", "resnet20-digits-class0")
 TINY_DIGITS = (
     "--batch-size",
@@ -106,39 +102,8 @@ def ceilings(turn: Turn, tiny: bool) -> dict[str, Any]:
 
 
 def agree(turn: Turn, tiny: bool, model: str) -> dict[str, Any]:
-    """How far loss, logits and the worst gradient are from the CPU's, relative to its norm; "ok": as it should be."""
-    protocol, classes = protocol_of(model, "fp32", tiny)
-    network, cpu = make_network(protocol, classes), jax.devices("cpu")[0]
-    count = 4 if tiny else 32
-    images = np.random.default_rng(0).normal(size=(count, 32, 32, 3)).astype(np.float32)
-    labels = np.arange(count, dtype=np.int32) % classes
-
-    def results(params: Any, batch_stats: Any) -> tuple[jax.Array, jax.Array, Any]:
-        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits, _ = network.apply_train(params, batch_stats, images, jax.random.key(1))
-            return cross_entropy(logits, jnp.asarray(labels)), logits
-
-        (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, logits, gradients
-
-    def far(a: Any, b: Any) -> float:
-        b = np.asarray(b, np.float64)
-        return float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
-
-    with jax.default_device(cpu):
-        variables = jax.device_get(jax.jit(network.initialise)(jax.random.key(0)))
-        expected = jax.device_get(jax.jit(results).lower(*variables).compile()(*variables))
-    turn.take_before_compiling()  # only now: the CPU's own takes nothing of the device
-    errors = {}
-    for precision in WITHIN:
-        with jax.default_matmul_precision(precision):
-            program = jax.jit(lambda *variables: results(*variables)).lower(*variables).compile()
-            found = jax.device_get(program(*variables))
-        worst = max(map(far, *map(jax.tree.leaves, (found[2], expected[2]))))
-        errors[precision] = {"loss": far(found[0], expected[0]), "logits": far(found[1], expected[1])}
-        errors[precision]["worst_gradient"] = worst
-    ok = all(max(found.values()) < WITHIN[precision] for precision, found in errors.items())
-    return errors | {"ok": ok, "device": _kind()}
+    found = agreement(*protocol_of(model, "fp32", tiny), 4 if tiny else 32, turn.take_before_compiling)
+    return found | {"device": _kind()}
 
 
 def train(turn: Turn, tiny: bool, model: str, precision: str, seeds: str, width: str) -> dict[str, Any]:
@@ -146,7 +111,8 @@ def train(turn: Turn, tiny: bool, model: str, precision: str, seeds: str, width:
         seedwise = convolution.seedwise
         convolution.seedwise = lambda function, *arrays, together: seedwise(function, *arrays)
     else:
-        blocks.WIDTH = int(width)
+        images, kernels = map(int, width.split("-"))
+        blocks.WIDTHS = dict.fromkeys(blocks.WIDTHS, (images, kernels))
     protocol, classes = protocol_of(model, precision, tiny)
     turn.take_before_compiling()
     workload = speed.Workload(protocol, classes, int(seeds), 1, steps=1 if tiny else None)
@@ -155,7 +121,7 @@ def train(turn: Turn, tiny: bool, model: str, precision: str, seeds: str, width:
         burst()
         compile_s = (burst.compile_s or 0) - turn.waited_s
         turn.take()
-        seconds = clock(burst, tiny)
+        seconds, found = clock(burst, tiny), profiled(burst, workload.steps)
     images = int(seeds) * workload.steps * protocol.batch_size
     text = turn.program.as_text() or "" if turn.program else ""
     calls = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
@@ -168,7 +134,7 @@ def train(turn: Turn, tiny: bool, model: str, precision: str, seeds: str, width:
         "transposes": text.count(" transpose("),
         "loss": round(float(burst.metrics["loss"].mean()), 4),
         "device": _kind(),
-    }
+    } | found
 
 
 def torch(turn: Turn, tiny: bool, model: str, precision: str, *forms: str) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ WORKERS = 3  # arms under way: one measures, the others are got ready
 LEAST = 10.0  # seconds before the deadline: what has not begun is not begun
 TURN = "JAXUNLEARN_CHECK_TURN"  # in an arm's environment: the file to lock for its turn
 TURN_TAKEN = "measuring"  # the line that says so
+FATAL = re.compile(r"F\d{4} ")  # begins the line in which XLA's log says why
 COMMON = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
 
 
@@ -108,8 +110,10 @@ def _run(
             running.discard(process)
         if process.returncode:
             errors.seek(0)
-            said = errors.read().strip().splitlines()
-            yield {"error": cut[0] if cut else f"status {process.returncode}: {said[-1][-300:] if said else ''}"}
+            said = errors.read().strip().splitlines() or [""]
+            # Where XLA gave up, a stack of calls follows.
+            line = next((line for line in said if FATAL.match(line)), said[-1])
+            yield {"error": cut[0] if cut else f"status {process.returncode}: {line[-300:]}"}
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

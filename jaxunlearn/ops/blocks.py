@@ -1,23 +1,23 @@
 """Convolution and its two gradients for several seeds at once, in the forms that are fast on GPU and TPU.
 
 Left to `vmap`, a layer of S seeds is a convolution of S groups, and XLA has no kernel gradient of those: it compiles a
-forward convolution with a kernel as large as the image. Here every convolution is dense or depthwise.
+forward convolution with a kernel as large as the image. Here the seeds lie side by side in the channels and a layer is
+one call, whose kernel gradient XLA knows.
 
 Every array has the seeds in front: x is [S, B, H, W, C], kernel [S, k, k, C / groups, F], y and its cotangent g
 [S, B, ceil(H / stride), ceil(W / stride), F]. All have one dtype, any float.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# The channels that seeds fill together. One H200, eight ResNet-20 of batch 128, TF32, images/s in all: 92.7k with 64,
-# which is four seeds of 16 channels a call, two of 32 or one of 64; 48.8k with one call for each seed; 39.9k left to
-# `vmap`. One seed alone: 46.7k.
-WIDTH = 64
+# Channels that a group of such a call has at least where there are so many, filled by several seeds whose kernels are
+# the blocks on the diagonal of one dense kernel: for images (y and their gradient) and for the gradient of kernels, by
+# the bytes of a number. One H200, eight ResNet-20 of batch 128, images/s in all: bf16 209k with 128 and 128, 173k with
+# 16 and 64; TF32 111k with 16 and 64, 106k with 64 and 64, 93k with a call for each 64 channels. One seed: bf16 74k,
+# TF32 55k.
+WIDTHS = {2: (128, 128), 4: (16, 64)}
 
 
 def lax_conv(x: Array, kernel: Array, stride: int, groups: int) -> Array:
@@ -36,81 +36,44 @@ def lax_conv(x: Array, kernel: Array, stride: int, groups: int) -> Array:
 
 def forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
     """y of every seed."""
-    if _is_product(kernel, groups):
-        return _product(x, kernel, stride)
-
-    def one(x: Array, kernel: Array, groups: int) -> Array:
-        return lax_conv(x, kernel, stride, groups)
-
-    return _folded(one, groups, x, kernel)
+    together = _seeds_of_a_group(kernel, groups, of_kernel=False)
+    x, dense = _fold(_guarded(x, together)), _diagonal(kernel, together)
+    return _unfold(lax_conv(x, dense, stride, len(kernel) // together * groups), len(kernel))
 
 
 def input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     """The gradient of every seed's x."""
-    if _is_product(kernel, groups):
-        return jax.linear_transpose(lambda x: _product(x, kernel, stride), x)(g)[0]
-
-    def one(x: Array, kernel: Array, g: Array, groups: int) -> Array:
-        return jax.linear_transpose(lambda x: lax_conv(x, kernel, stride, groups), x)(g)[0]
-
-    return _folded(one, groups, x, kernel, g)
+    together = _seeds_of_a_group(kernel, groups, of_kernel=False)
+    dense, count = _diagonal(kernel, together), len(kernel) // together * groups
+    (dx,) = jax.linear_transpose(lambda x: lax_conv(x, dense, stride, count), _fold(x))(_fold(_guarded(g, together)))
+    return _unfold(dx, len(kernel))
 
 
 def kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     """The gradient of every seed's kernel."""
-    if _is_product(kernel, groups):
-        return jax.linear_transpose(lambda kernel: _product(x, kernel, stride), kernel)(g)[0]
-
-    def one(x: Array, kernel: Array, g: Array, groups: int) -> Array:
-        return jax.linear_transpose(lambda kernel: lax_conv(x, kernel, stride, groups), kernel)(g)[0]
-
-    return _folded(one, groups, x, kernel, g, of_kernel=True)
+    together = _seeds_of_a_group(kernel, groups, of_kernel=True)
+    dense, count = _diagonal(kernel, together), len(kernel) // together * groups
+    (dkernel,) = jax.linear_transpose(lambda kernel: lax_conv(_fold(x), kernel, stride, count), dense)(_fold(g))
+    return _from_diagonal(dkernel, len(kernel), together)
 
 
-def _is_product(kernel: Array, groups: int) -> bool:
-    return kernel.shape[1] == 1 and groups == 1
+def _seeds_of_a_group(kernel: Array, groups: int, of_kernel: bool) -> int:
+    """The fewest that divide all and are as wide as `WIDTHS` says; 1 where that would be four times as wide."""
+    seeds, channels = len(kernel), min(kernel.shape[-2:])
+    width = WIDTHS[min(kernel.dtype.itemsize, 4)][of_kernel]
+    if groups > 1 or channels >= width:  # depthwise: channels are apart anyway, whosever they are
+        return 1
+    enough = next(n for n in range(1, seeds + 1) if seeds % n == 0 and (n * channels >= width or n == seeds))
+    return enough if enough * channels < 4 * width else 1
 
 
-def _product(x: Array, kernel: Array, stride: int) -> Array:
-    """A 1x1 convolution: one batched product of matrices."""
-    return jnp.einsum("sbhwc,scf->sbhwf", x[:, :, ::stride, ::stride], kernel[:, 0, 0])
+def _guarded(images: Array, together: int) -> Array:
+    """Images of seeds, `together` of which share a dense kernel.
 
-
-def _folded(one: Callable[..., Array], groups: int, *arrays: Array, of_kernel: bool = False) -> Array:
-    """`one(*arrays, groups)` of every seed in few calls.
-
-    Args:
-      one: one of the three operations, for one seed.
-      arrays: x, kernel, and g for a gradient.
-      of_kernel: whether the result is like `kernel`; else it is images.
+    Between two seeds stands 0, and 0 times a NaN of one would be a NaN of the other. The one that diverged is seen all
+    the same: its kernel gradient, of which only the diagonal is taken, has the NaN.
     """
-    kernel = arrays[1]
-    if groups > 1:  # depthwise: channels are apart anyway, whosever they are
-        return _unfold(one(*map(_fold, arrays), len(kernel) * groups), len(kernel))
-    parts = [_dense(one, *(array[block] for array in arrays), of_kernel=of_kernel) for block in _blocks(kernel)]
-    return jnp.concatenate(parts)
-
-
-def _blocks(kernel: Array) -> Iterator[slice]:
-    """The seeds of each call: as few calls as `WIDTH` allows, their sizes as equal as can be."""
-    seeds, most = len(kernel), max(1, WIDTH // min(kernel.shape[-2:]))
-    count = -(-seeds // most)
-    return (slice(*edges) for edges in pairwise(seeds * i // count for i in range(count + 1)))
-
-
-def _dense(one: Callable[..., Array], x: Array, kernel: Array, *g: Array, of_kernel: bool) -> Array:
-    """Arguments and result as of `_folded`, in one call without groups: the kernels are the blocks on its diagonal."""
-    seeds = len(kernel)
-    if seeds == 1:
-        return one(x[0], kernel[0], *(array[0] for array in g), 1)[None]
-    images = [x, *g]
-    if not of_kernel:
-        # Between two seeds stands 0, and 0 times a NaN of one would be a NaN of the other. The one that diverged is
-        # seen all the same: its kernel gradient, of which only the diagonal is taken, has the NaN.
-        images = [jnp.where(jnp.isfinite(array), array, 0) for array in images]
-    x, *g_folded = map(_fold, images)
-    result = one(x, _diagonal(kernel), *g_folded, 1)
-    return _from_diagonal(result, seeds) if of_kernel else _unfold(result, seeds)
+    return images if together == 1 else jnp.where(jnp.isfinite(images), images, 0)
 
 
 def _fold(array: Array) -> Array:
@@ -123,16 +86,19 @@ def _unfold(array: Array, seeds: int) -> Array:
     return jnp.moveaxis(array.reshape(*array.shape[:-1], seeds, -1), -2, 0)
 
 
-def _diagonal(kernel: Array) -> Array:
-    """[S, k, k, C, F] -> [k, k, S C, S F], zero off the diagonal."""
+def _diagonal(kernel: Array, together: int) -> Array:
+    """[S, k, k, C, F] -> [k, k, together C, S F]: in each group of `together` seeds zero off the diagonal."""
     seeds, size, _, channels, features = kernel.shape
-    own = jnp.eye(seeds, dtype=bool)[:, None, :, None]
-    blocks = jnp.where(own, kernel.transpose(1, 2, 0, 3, 4)[:, :, :, :, None], 0)
-    return blocks.reshape(size, size, seeds * channels, seeds * features)
+    own = jnp.eye(together, dtype=bool)[:, None, None, :, None]
+    grouped = kernel.reshape(seeds // together, together, size, size, channels, features).transpose(2, 3, 4, 0, 1, 5)
+    return jnp.where(own, grouped[:, :, None], 0).reshape(size, size, together * channels, seeds * features)
 
 
-def _from_diagonal(dense: Array, seeds: int) -> Array:
-    """[k, k, S C, S F] -> [S, k, k, C, F]."""
+def _from_diagonal(dense: Array, seeds: int, together: int) -> Array:
+    """[k, k, together C, S F] -> [S, k, k, C, F]."""
     size, _, channels, features = dense.shape
-    blocks = dense.reshape(size, size, seeds, channels // seeds, seeds, features // seeds)
-    return jnp.stack([blocks[:, :, i, :, i] for i in range(seeds)])
+    grouped = dense.reshape(size, size, together, channels // together, seeds // together, together, features // seeds)
+    own = jnp.stack(
+        [grouped[:, :, i, :, :, i] for i in range(together)], axis=4
+    )  # [k, k, C, S / together, together, F]
+    return own.transpose(3, 4, 0, 1, 2, 5).reshape(seeds, size, size, channels // together, features // seeds)
