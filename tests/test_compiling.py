@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
@@ -82,3 +83,21 @@ def test_what_fails_ahead_is_said_where_it_is_called_and_records_are_the_same(tm
         monkeypatch.setattr(Unlearning, "compile", fails)
         monkeypatch.setattr(Evaluator, "compile", fails)
     assert list(map(numbers, found[0])) == list(map(numbers, found[1]))
+
+
+@pytest.mark.parametrize(("platform", "programs"), [("gpu", 0), ("cpu", 2)])
+def test_on_a_gpu_nothing_compiles_beside_what_runs(tmp_path, monkeypatch, platform, programs):
+    submitted = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            submitted.append(arguments)
+            return super().submit(lambda: None)
+
+    run = prepare(request_of(tmp_path, protocol=STEPPED), Reporter(quiet=True))
+    monkeypatch.setattr(compiling, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    with jax.set_mesh(run.mesh), compiled_ahead(run) as ahead:
+        for name in (compiling.EVALUATE, "retain_finetune"):
+            ahead.ready(name)
+    assert len(submitted) == programs

@@ -6,13 +6,16 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
+from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.commands.gpu_check import MOST_ROWS, print_table, summary
 from jaxunlearn.commands.main import main
 from jaxunlearn.errors import UserError
-from jaxunlearn.gpu_check import schedule
+from jaxunlearn.gpu_check import agreement, schedule
 from jaxunlearn.gpu_check.arms import DEFAULT, TINY, Arm, parse
+from jaxunlearn.gpu_check.kernels import summed
 
 pytestmark = pytest.mark.slow
 
@@ -181,3 +184,28 @@ def test_all_of_it_at_tiny_size(tmp_path, capsys):
     assert found["torch"].get("form") == "eager" if with_torch else "not installed" in found["torch"]["skipped"]
     shown = capsys.readouterr().out
     assert shown.startswith("{") and "digits" in shown.splitlines()[-2]
+
+
+def test_kernels_are_counted_and_summed_up_by_name():
+    events = [("gemm_12", 1e6, 5e5), ("gemm.3", 1.2e6, 6e5), ("add", 3e6, 1e6)]  # 1.0-1.8, 3-4 of 1-4 ms
+    found = summed(events[::-1], steps=2)
+    assert found == {"kernels": 1.5, "busy": 0.6, "longest": {"gemm": 0.55, "add": 0.5}}
+
+
+@pytest.mark.parametrize("broken", [None, "y", "kernel"])
+def test_a_layer_that_is_off_is_seen(broken, monkeypatch):
+    conv2d, programs = agreement.conv2d, []
+
+    def off(x, kernel, stride, groups):
+        """As it is in the first program, the CPU's; in others one layer is off by a thousandth."""
+        if len(programs) < 2 or kernel.shape[-2:] != (16, 32) or broken is None:
+            return conv2d(x, kernel, stride, groups)
+        factor = 1.001 if broken == "y" else 1 + 1e-3 * (kernel - jax.lax.stop_gradient(kernel)).sum()
+        return factor * conv2d(x, kernel, stride, groups)
+
+    monkeypatch.setattr(agreement, "conv2d", off)
+    protocol = get_benchmark("resnet20-digits-class0")
+    found = agreement.agreement(protocol, 10, 2, lambda: programs.extend([1, 2]))
+    worst = [found[precision].pop("worst_layer") for precision in agreement.WITHIN]
+    assert found["ok"] == (broken is None) and all(far > 1e-4 if broken else far == 0 for far in worst)
+    assert all(value == 0 for precision in agreement.WITHIN for value in found[precision].values())

@@ -17,34 +17,35 @@ FORMS = {"eager": "eager", "compiled": "compiled", "graphs": "CUDA graphs"}  # o
 
 # LIMIT [NAME=VALUE ...] WORDS [# WHAT IT DECIDES], the most telling first. The words:
 #   ceilings                             products of matrices at each precision, and a copy
-#   agree MODEL                          loss, logits and gradients against the CPU's
-#   train MODEL PRECISION SEEDS WIDTH    images/s of pretraining
+#   agree MODEL                          loss, logits and each convolution with its gradients against the CPU's
+#   train MODEL PRECISION SEEDS WIDTHS   images/s of pretraining, and the kernels of a step
 #   torch MODEL PRECISION FORM ...       PyTorch's
 #   digits                               the digits benchmark three times
 DEFAULT = """
 40 ceilings # what the rates below are held against
+150 digits # whole runs; the same bits from compiled and from kept programs; what deterministic operations cost
+100 train resnet tf32 8 128-128 # the widths of groups
+100 train resnet tf32 8 16-64 # the widths of groups
+100 train resnet bf16 8 512-512 # the widths of groups in bf16: one for all seeds
+100 train resnet bf16 8 128-128 # the widths of groups in bf16
+120 train mobilenet tf32 1 16-64 # what to be faster with
+120 torch mobilenet tf32 graphs # what to be faster than
+120 train mobilenet tf32 8 16-64 # groups beside depthwise layers
+100 train vgg bf16 1 128-128 # whether bf16 is faster
+100 torch vgg bf16 graphs # what to be faster than
+120 train mobilenet bf16 1 128-128 # whether bf16 is faster
+120 torch mobilenet bf16 graphs # what to be faster than
+100 train resnet tf32 1 16-64 # one seed: what eight are held against
+100 train resnet bf16 1 128-128 # one seed: what eight are held against
 60 agree resnet # fp32 and tf32 mean what they say
-100 train resnet tf32 1 64 # one seed: what eight are held against
-100 train resnet bf16 1 64 # whether bf16 is faster
-100 train resnet bf16 8 64 # the width of blocks in bf16
-100 train resnet tf32 8 128 # the width of blocks
-100 train resnet tf32 8 64 # the width of blocks
-100 train resnet bf16 8 128 # the width of blocks in bf16
-100 train resnet tf32 32 64 # whether more seeds go on paying
-100 torch resnet tf32 eager compiled graphs # what to be faster than
-100 torch resnet bf16 compiled graphs # what to be faster than
-100 train vgg bf16 1 64 # whether bf16 is faster
-100 train mobilenet bf16 1 64 # whether bf16 is faster
 60 agree vgg # fp32 and tf32 mean what they say
 90 agree mobilenet # fp32 and tf32 mean what they say
-100 torch vgg bf16 graphs # what to be faster than
-120 torch mobilenet bf16 eager graphs # what to be faster than
-100 train resnet fp32 1 64 # what full float32 costs
-100 XLA_FLAGS=--xla_gpu_enable_command_buffer=+CONVOLUTION train resnet tf32 1 64 # convolutions in command buffers
-100 XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE train resnet tf32 1 64 # the scan in command buffers
-100 train mobilenet tf32 8 64 # blocks beside depthwise layers
-100 train resnet tf32 8 vmap # whether blocks are still worth having
-150 digits # the same bits from compiled and from kept programs; what deterministic operations cost
+100 train resnet fp32 1 16-64 # what full float32 costs
+100 torch resnet tf32 eager graphs # what to be faster than
+100 torch resnet bf16 graphs # what to be faster than
+100 train resnet tf32 32 16-64 # whether more seeds go on paying
+100 XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE,+CONVOLUTION train resnet tf32 1 16-64 # all in command buffers
+100 train resnet tf32 8 vmap # whether groups are still worth having
 """
 # One of each kind: for a CPU, to see that all of it works.
 TINY = """
@@ -84,7 +85,7 @@ def parse(text: str) -> list[Arm]:
                     raise ValueError
                 arms.append(Arm(tuple(words), limit, environment, decides.strip()))
         except ValueError:
-            remedy = "write LIMIT [NAME=VALUE ...] WORDS [# WHAT IT DECIDES], such as 60 train resnet tf32 8 64"
+            remedy = "write LIMIT [NAME=VALUE ...] WORDS [# WHAT IT DECIDES], such as 60 train resnet tf32 8 16-64"
             raise UserError(f"no arm: {line.strip()}: {remedy}") from None
     if not arms:
         raise UserError("there is no arm in the list")

@@ -17,12 +17,20 @@ EPS = 1e-5
 
 
 def _sum(terms: Callable[..., Array], *arrays: Array) -> Array:
-    """Sum of `terms(*arrays)` over all axes but the last."""
-    if not on_cpu():
-        return terms(*arrays).sum(tuple(range(arrays[0].ndim - 1)))
+    """Sum of `terms(*arrays)` over all axes but the last, on CPU."""
     # Eight groups of images: 144 channels of 32x32, one core, forward 12 ms against 15 for plain sums, gradient 25, 28;
     # 16 channels 1.2, 1.5 and 2.7, 3.3.
     return sum_over_rows(terms, *arrays, groups=8)
+
+
+def _sums(*arrays: Array) -> tuple[Array, ...]:
+    """Of each array, all of one shape, over all axes but the last; on GPU and TPU.
+
+    One reduction of all: XLA makes two kernels of it, where it makes one and a small one each of plain sums.
+    """
+    zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
+    axes = tuple(range(arrays[0].ndim - 1))
+    return lax.reduce(arrays, zeros, lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -77,9 +85,9 @@ def _xla_forward(
     else:
         # One pass, which is one kernel. What cancels is only what the mean has moved away from `near`.
         left = x32 - near
-        moved = left.sum(axes) / count
+        moved, squares = (total / count for total in _sums(left, jnp.square(left)))
         mean = near + moved
-        var = jnp.maximum(jnp.square(left).sum(axes) / count - jnp.square(moved), 0)
+        var = jnp.maximum(squares - jnp.square(moved), 0)
     std = lax.sqrt(var + EPS)
     shift = bias if residual is None else bias + residual.astype(scale.dtype)
     y = (x32 - mean) * (scale / std) + shift
@@ -147,8 +155,11 @@ def _xla_backward(
     g = g.astype(scale.dtype)
     if relu:
         g = outlined(lambda y, g: lax.select(y > 0, g, jnp.zeros_like(g)), y, g)
-    dbias = g.sum(axes)
-    dscale = _sum(jnp.multiply, g, centred) / std
+    if on_cpu():
+        dbias, products = g.sum(axes), _sum(jnp.multiply, g, centred)
+    else:
+        dbias, products = _sums(g, g * centred)
+    dscale = products / std
     # x reaches the output directly, through the mean and through the variance (Ioffe & Szegedy, section 3).
     direct = scale / std
     along = (2 * dvar - direct * dscale / std) / count

@@ -1,4 +1,9 @@
-"""Compilation ahead: while a model is pretrained, what is run afterwards is compiled in threads."""
+"""Compilation ahead: while a model is pretrained, what is run afterwards is compiled in threads.
+
+Not on a GPU, where XLA measures its kernels as it compiles: that deadlocks beside another compilation or a running
+program (openxla/xla#41399, #42347). On an H200 such a run stood still from its second minute on. There every program is
+compiled when it is first called.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -36,8 +41,10 @@ def compiled_ahead(run: Prepared) -> Iterator[Ahead]:
     """Compiles a run's programs in threads; what has not begun at the end is left out."""
     count, x64 = len(run.keys), jax.dtypes.canonicalize_dtype(float).itemsize == 8
     variables = jax.eval_shape(run.network.initialise, jax.eval_shape(jax.random.key, 0))
-    tasks: dict[str, Callable[[], None]] = {EVALUATE: partial(run.evaluator.compile, variables, count)}
-    tasks |= {name: partial(unlearning.compile, count) for name, unlearning in run.unlearnings.items()}
+    tasks: dict[str, Callable[[], None]] = {}
+    if jax.default_backend() != "gpu":
+        tasks = {EVALUATE: partial(run.evaluator.compile, variables, count)}
+        tasks |= {name: partial(unlearning.compile, count) for name, unlearning in run.unlearnings.items()}
 
     def work(task: Callable[[], None]) -> None:
         # JAX's settings are a thread's own. What is wrong with a program is said where it is called.
@@ -45,7 +52,7 @@ def compiled_ahead(run: Prepared) -> Iterator[Ahead]:
         with suppress(Exception), jax.enable_x64(x64), jax.set_mesh(run.mesh), precise:
             task()
 
-    pool = ThreadPoolExecutor(min(len(tasks), os.cpu_count() or 1), "compile")
+    pool = ThreadPoolExecutor(max(1, min(len(tasks), os.cpu_count() or 1)), "compile")
     try:
         yield Ahead(run, {name: pool.submit(work, task) for name, task in tasks.items()})
     finally:
