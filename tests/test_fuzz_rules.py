@@ -11,7 +11,7 @@ from test_methods import context
 
 from jaxunlearn.errors import UserError
 from jaxunlearn.registry import build_rule, get_method
-from jaxunlearn.training.unlearning import check_rule
+from jaxunlearn.training.checking import check_rule
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 __all__ = ["inside"]  # a fixture

@@ -35,7 +35,8 @@ from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import BASELINES, Method, get_method
 from jaxunlearn.torch_style import Model, UnlearningMethod, as_rule, baselines
 from jaxunlearn.torch_style.models import Generator
-from jaxunlearn.training.unlearning import check_rule, make_context
+from jaxunlearn.training.checking import check_rule
+from jaxunlearn.training.unlearning import make_context
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 FOLDER = Path(baselines.__file__).parent
@@ -341,6 +342,7 @@ def check_class(tmp_path, step="pass", setup="pass"):
         ("model(images).detach()", "line 18: .detach is PyTorch's: write jax.lax.stop_gradient"),
         ("model.requires_grad_(False)", "line 18: .requires_grad_ is PyTorch's: .* leave it out"),
         ("model(images.transpose(0, 3, 1, 2))", r"line 18: a model takes images \[B, 32, 32, 3\], not \[4, 3,"),
+        ("loss = images.mean() * np.random.normal()", r"step draws with numpy.random, .* model.random_key\(\)"),
         ("raise ValueError('first\\nsecond')", "line 18: ValueError: first second"),
         ("optimizer.step(lambda: None)", "the closure returns NoneType: it must return the loss"),
         ("optimizer.step(lambda: model(images))", "scalar-output functions"),
@@ -365,6 +367,10 @@ def test_what_cannot_be_traced_is_refused_in_one_line(tmp_path, step, message):
     with pytest.raises(UserError, match=f"^method 'mine'.*{message}") as caught:
         check_class(tmp_path, step)
     assert "\n" not in str(caught.value)
+
+
+def test_a_setup_may_draw_with_numpy(tmp_path):
+    check_class(tmp_path, setup="self.noise = jnp.asarray(np.random.default_rng(0).normal(size=3))")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+import random
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ from jaxunlearn.methods.rule import RuleState, UnlearningRule, init_state
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import Method
-from jaxunlearn.training.unlearning import Split, check_rule, epoch_plan, make_context
+from jaxunlearn.training.checking import check_rule
+from jaxunlearn.training.unlearning import Split, epoch_plan, make_context
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 SEEDS = (1, 2)
@@ -256,6 +258,14 @@ BROKEN = {
     ),
     "step fails": ({"step": raised}, "ValueError: first line second line$"),
     "step is none": ({"step": None}, "callable"),
+    "step draws with NumPy": (
+        {"step": lambda p, s, r, f: (p, s, {"loss": r.images.mean() * np.random.default_rng(0).normal()})},
+        r"step draws with numpy.random, which .* use jax.random with state.key, in a class with model.random_key\(\)",
+    ),
+    "step draws with Python": (
+        {"step": lambda p, s, r, f: (p, s, {"loss": r.images.mean() * random.random()})},
+        "step draws with random, which gives the same numbers in every step and for every seed",
+    ),
     "step branches on a value": ({"step": lambda p, s, r, f: 1 if r.labels[0] > 0 else 0}, "boolean conversion"),
     "step returns two": ({"step": lambda p, s, r, f: (p, s)}, r"must return \(params, state, metrics\)"),
     "params lose a part": ({"step": lambda p, s, r, f: ({}, s, {"loss": 0.0})}, "changed the structure of params"),

@@ -25,9 +25,10 @@ from jaxunlearn.registry import RETRAIN, Method, build_rule, names
 from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
 from jaxunlearn.runs.request import Request
+from jaxunlearn.training.checking import check_rule
 from jaxunlearn.training.loop import Timing, batch_sizes
 from jaxunlearn.training.pretrained import Models, given
-from jaxunlearn.training.unlearning import Split, Unlearning, check_rule, make_context
+from jaxunlearn.training.unlearning import Split, Unlearning, make_context
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,89 @@
+"""The contract of rules, checked on a user's own before anything is computed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxunlearn.data.batches import Batch
+from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
+from jaxunlearn.registry import Method
+from jaxunlearn.training.drawing import watched_draws
+
+LEAK = "it uses an array of an earlier call: what is kept belongs into RuleState.extra"
+DRAWN = (
+    "step draws with {}, which gives the same numbers in every step and for every seed: "
+    "use jax.random with state.key, in a class with model.random_key()"
+)
+
+
+def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Sequence[tuple[int, int]]) -> None:
+    """Traces a rule on abstract batches of `sizes` (retain, forget), for seeds together, as it runs.
+
+    Raises UserError, in one line, where it does not keep the contract.
+    """
+    try:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params, batch_stats = jax.eval_shape(context.initialise, key)
+        for pair in sizes if len(sizes) > 1 else [*sizes] * 2:  # the second meets what the first has left behind
+            state = jax.eval_shape(jax.vmap(rule.init), *map(_one_seed, (params, batch_stats, key)))
+            if not isinstance(state, RuleState):
+                raise TypeError(f"init returned {type(state).__name__}, it must return a RuleState")
+            same_form("init", ("batch_stats", batch_stats, _alone(state.batch_stats)))
+            state = state._replace(step=_alone(state.step), epoch=_alone(state.epoch))
+            together = jax.vmap(rule.step, (0, RuleState(0, 0, 0, 0, None, None), 0, 0))  # type: ignore[arg-type]
+            batches = (_one_seed(_abstract_batch(size)) for size in pair)
+            with watched_draws() as drawn:
+                program, result = jax.make_jaxpr(together, return_shape=True)(_one_seed(params), state, *batches)
+            if drawn:
+                raise TypeError(DRAWN.format(min(drawn)))
+            if any(isinstance(constant, jax.core.Tracer) for constant in program.consts):
+                raise TypeError(LEAK)
+            if not isinstance(result, tuple) or len(result) != 3:
+                raise TypeError("step must return (params, state, metrics)")
+            state = RuleState(*_alone(state[:4]), state.step, state.epoch)  # type: ignore[call-arg]
+            same_form("step", ("params", params, _alone(result[0])), ("state", state, _alone(result[1])))
+            metrics = _alone(result[2])
+            if not isinstance(metrics, dict) or "loss" not in metrics:
+                raise TypeError("step's metrics must be a dict with at least 'loss'")
+            if wrong := [name for name, value in metrics.items() if value.shape != () or not _is_real(value)]:
+                raise TypeError(f"step's metric '{wrong[0]}' is not a scalar, or no real number")
+    except KeyboardInterrupt:
+        raise
+    except jax.errors.UnexpectedTracerError as error:
+        raise UserError(f"method '{method.name}' does not keep the rule contract: {LEAK}") from error
+    except UserError as error:
+        raise UserError(f"method '{method.name}': {error}") from error
+    except BaseException as error:  # a user's code may raise SystemExit
+        raise UserError(f"method '{method.name}' does not keep the rule contract: {one_line(error)}") from error
+
+
+def _abstract_batch(size: int) -> Batch:
+    return jax.eval_shape(lambda: Batch(jnp.zeros((size, 32, 32, 3)), jnp.zeros(size, jnp.int32)))
+
+
+def _is_real(value: Any) -> bool:
+    return any(jnp.issubdtype(value.dtype, kind) for kind in (np.bool_, np.integer, np.floating))
+
+
+def _one_seed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
+
+
+def _alone(tree: Any) -> Any:
+    """Shapes without the seed axis that `vmap` put in front."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+
+
+def same_form(what: str, *trees: tuple[str, Any, Any]) -> None:
+    """Raises TypeError where `what` changed the structure, a shape or a dtype: trees are (name, before, after)."""
+    for name, before, after in trees:
+        if str(jax.tree.structure(before)) != str(jax.tree.structure(after)):
+            raise TypeError(f"{what} changed the structure of {name}")
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                old_form, new_form = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (old, new))
+                raise TypeError(f"{what} changed {name} from {old_form} to {new_form}")
