@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxunlearn.benchmarks import ATTEMPTS
 from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.files import default_cache
 
@@ -53,6 +54,7 @@ def run(
     devices: int | None = None,
     deterministic: bool = False,
     save_every: float = 120.0,
+    attempts: int = ATTEMPTS,
     force: bool = False,
     quiet: bool = False,
     **protocol: Any,
@@ -78,6 +80,7 @@ def run(
       devices: how many; on a CPU, makes so many host devices, if JAX has not been used before. None: all there are.
       deterministic: the same bits from the same call on a GPU too, if JAX has not been used before; slower there.
       save_every: seconds between two checkpoints of what is training.
+      attempts: at most so many at pretraining a seed that learns nothing; with 1 it is taken as it is.
       force: overwrite records of other settings and better ones.
       quiet: no progress on a terminal.
       protocol: any field of `jaxunlearn.benchmarks.Protocol`, such as pretrain_epochs=1 or unlearn_lr=1e-4.
@@ -92,8 +95,8 @@ def run(
     from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, settled
     from jaxunlearn.runs.running import results
 
-    if not isinstance(save_every, int | float) or not isinstance(devices, int | None):
-        raise UserError(f"save_every is {save_every!r} and devices {devices!r}: they must be numbers")
+    if not (isinstance(save_every, int | float) and isinstance(devices, int | None) and isinstance(attempts, int)):
+        raise UserError(f"save_every {save_every!r}, devices {devices!r}, attempts {attempts!r}: they must be numbers")
     weights = _path("init_weights", init_weights)
     settings = _settings(set or {})
     fields = settings.pop("protocol", {}) | {name: _text(value) for name, value in protocol.items()}
@@ -113,6 +116,7 @@ def run(
             export_weights=_path("export_weights", export_weights),
             devices=devices,
             save_every=save_every,
+            attempts=attempts,
             force=force,
         )
         prepared = prepare(request, Reporter(quiet))

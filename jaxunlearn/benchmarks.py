@@ -20,6 +20,7 @@ CHOICES = {
 }
 MOST = 1_000_000  # epochs, and images a batch: steps compute with them in 32 bits
 MOST_SEEDS = 10_000  # that train together
+ATTEMPTS = 5  # at most, at pretraining a seed that learns nothing
 
 
 @dataclasses.dataclass(frozen=True)

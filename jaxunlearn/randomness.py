@@ -18,6 +18,7 @@ class Stream(enum.IntEnum):
     UNLEARN_ORDER = 4  # with the augmentation, the same for all rules of a seed: they see the same batches
     RULE = 5  # what a rule draws before its first step
     ATTACK = 6  # augmentation of the forget images, where the attack sees them augmented
+    ATTEMPT = 7  # a seed's further attempts at pretraining, after one that learned nothing
 
 
 def stream_key(key: jax.Array, stream: Stream, *path: int | jax.Array) -> jax.Array:
@@ -34,6 +35,10 @@ def step_keys(key: jax.Array, stream: Stream, epoch: jax.Array, steps: int, uses
     return jax.vmap(lambda step: jax.random.split(jax.random.fold_in(own, step), uses))(jnp.arange(steps))
 
 
-def seed_keys(seeds: Sequence[int]) -> jax.Array:
-    """The keys of `seeds`, an array of S keys."""
-    return jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+def seed_keys(seeds: Sequence[int], attempts: Sequence[int] | None = None) -> jax.Array:
+    """The keys of `seeds`, an array of S keys; of their `attempts`, counted from 0, which is a seed's own key."""
+    keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+    if attempts is None or not any(attempts):
+        return keys
+    again = jax.vmap(lambda key, attempt: stream_key(key, Stream.ATTEMPT, attempt))(keys, jnp.array(attempts))
+    return jnp.where(jnp.array(attempts) > 0, again, keys)

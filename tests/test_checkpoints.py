@@ -36,13 +36,15 @@ LEAVES = {
 ABSTRACT = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in LEAVES.items()}
 
 
-def entry(folder, protocol=PROTOCOL, digest="d", seed=42, without=None):
-    return pretrain_entry(folder, protocol, digest, seed, without)
+def entry(folder, protocol=PROTOCOL, digest="d", seed=42, without=None, attempt=0):
+    return pretrain_entry(folder, protocol, digest, seed, without, attempt)
 
 
 def saved(epoch, step=0, diverged=None):
     leaves = {name: np.array(leaf if leaf.dtype == bool else leaf + epoch, leaf.dtype) for name, leaf in LEAVES.items()}
-    return Saved(leaves, Position(epoch, step), 1.5 * epoch, diverged)
+    return Saved(
+        leaves, Position(epoch, step), 1.5 * epoch, diverged, {"loss": [0.1 * n for n in range(epoch)] + [None]}
+    )
 
 
 def assert_same(one, other):
@@ -74,9 +76,9 @@ def test_key_depends_on_what_pretraining_reads_and_on_nothing_else(tmp_path):
         assert same == (field.name not in PRETRAIN_FIELDS), field.name
     folders = {
         entry(tmp_path, **change).folder
-        for change in ({}, {"digest": "e"}, {"seed": 1}, {"without": 0}, {"without": 1})
+        for change in ({}, {"digest": "e"}, {"seed": 1}, {"without": 0}, {"without": 1}, {"attempt": 1}, {"attempt": 2})
     }
-    assert len(folders) == 5
+    assert len(folders) == 7
 
 
 def test_another_format_is_never_reused(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from jaxunlearn.runs.recording import has_collapsed
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training import resuming
 from jaxunlearn.training.pretraining import Pretraining
-from jaxunlearn.training.resuming import Saving
+from jaxunlearn.training.saving import Saving
 from jaxunlearn.training.unlearning import Unlearning
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxunlearn.benchmarks import BENCHMARKS, CHOICES
+from jaxunlearn.benchmarks import ATTEMPTS, BENCHMARKS, CHOICES
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import default_cache
 
@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--seeds", default="42", metavar="SEEDS", help="42, 0-7 or 1,5,9; several train together (default: %(default)s)"
+    )
+    add(
+        "--attempts",
+        type=int,
+        default=ATTEMPTS,
+        metavar="N",
+        help="draw a seed that learns nothing in pretraining anew, to N attempts in all (default: %(default)s)",
     )
     add(
         "--set",
@@ -168,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
             export_weights=args.export_weights,
             devices=args.devices,
             save_every=args.save_every,
+            attempts=args.attempts,
             force=args.force,
         )
         _print_results(prepare(request, Reporter(args.quiet)), args.json)

@@ -25,14 +25,20 @@ class Row(NamedTuple):
     variant: str  # 'name=value ...' of the hyperparameters that are not the method's defaults, else ''
     seeds: int
     diverged: int  # seeds of them that diverged: counted, never averaged
+    untrained: int  # seeds of them of whose models one learned nothing: averaged only where all are such
     collapsed: int  # seeds of them that lost more than ten points on the retained classes: counted and averaged
-    mean: dict[str, float]  # by metric, over the seeds that did not diverge; empty if all did
+    mean: dict[str, float]  # by metric, over the seeds that count; empty if all diverged
     std: dict[str, float]  # sample standard deviation (n - 1); empty below two such seeds
     seconds: float | None  # mean over all seeds, unlearning and evaluation
 
+    @property
+    def ranked(self) -> bool:
+        """Whether it has a seed that learned and did not diverge."""
+        return self.seeds > self.diverged + self.untrained
+
 
 def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """One row a method and variant, best mean `symmetric_score` first, rows of which every seed diverged last.
+    """One row a method and variant, best mean `symmetric_score` first, rows of which no seed counts last.
 
     Before them comes `pretrained`, the model that each seed started from (`before`), if any record has one.
 
@@ -50,9 +56,9 @@ def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mappi
         _row(*key, group, sum(r["timing"]["unlearn_s"] + r["timing"]["evaluate_s"] for r in group) / len(group))
         for key, group in groups.items()
     ]
-    rows.sort(key=lambda row: -row.mean.get("symmetric_score", float("-inf")))
+    rows.sort(key=lambda row: -row.mean["symmetric_score"] if row.ranked else float("inf"))
     # The methods of one seed share a pretrained model: it counts once.
-    before = {record["seed"]: record["before"] for record in records if record["before"]}
+    before = {record["seed"]: _before(record) for record in records if record["before"]}
     return [_row("pretrained", "", list(before.values()), None), *rows] if before else rows
 
 
@@ -95,9 +101,9 @@ def print_results(
     if not console.is_terminal:
         console.width = FILE_WIDTH
     rows = summarize(records, defaults)
-    retrain = [row.mean["unlearn_score"] for row in rows if row.method == "retrain" and row.mean]
+    retrain = [row.mean["unlearn_score"] for row in rows if row.method == "retrain" and row.ranked]
     ceiling = max(retrain, default=float("inf"))
-    starred = [row for row in rows if row.mean and row.mean["unlearn_score"] > ceiling and row.method != "pretrained"]
+    starred = [row for row in rows if row.ranked and row.mean["unlearn_score"] > ceiling and row.method != "pretrained"]
     error = auc_standard_error(members, non_members)
     bench = records[0]["bench"]
 
@@ -109,6 +115,8 @@ def print_results(
     precision, device = records[0]["protocol"]["precision"], records[0]["environment"]["device_kind"]
     console.print(f"{bench}, best symmetric_score first ({precision}, {device})", style="bold")
     _print_table(console, results)
+    if redrawn := _redrawn(records):
+        console.print(f"Drawn again, since nothing had been learned at first: {redrawn}")
     if starred:
         console.print("* above retraining from scratch: inverted membership, not better forgetting")
     console.print(
@@ -132,14 +140,32 @@ def print_results(
             console.print(published["notes"][bench])
 
 
+def _before(record: Mapping[str, Any]) -> dict[str, Any]:
+    return record["before"] | {"status": "untrained" if record.get("untrained_in") == "pretrain" else "ok"}
+
+
+def _redrawn(records: Sequence[Mapping[str, Any]]) -> str:
+    """Which models were drawn again, once each."""
+    counts = {
+        (phase, record["seed"]): count
+        for record in records
+        for phase, count in record.get("attempts", {}).items()
+        if count > 1
+    }
+    return ", ".join(f"{phase} of seed {seed} (attempt {count})" for (phase, seed), count in counts.items())
+
+
 def _row(method: str, variant: str, metrics: Sequence[Mapping[str, Any]], seconds: float | None) -> Row:
     finite = [values for values in metrics if values["symmetric_score"] is not None]
+    diverged, learned = len(metrics) - len(finite), [v for v in finite if v.get("status") != "untrained"]
+    untrained, finite = len(finite) - len(learned), learned or finite
     columns = {name: [values[name] for values in finite] for name in SHOWN}
     return Row(
         method=method,
         variant=variant,
         seeds=len(metrics),
-        diverged=len(metrics) - len(finite),
+        diverged=diverged,
+        untrained=untrained,
         collapsed=sum(values.get("collapsed", False) for values in metrics),
         mean={name: statistics.fmean(column) for name, column in columns.items()} if finite else {},
         std={name: statistics.stdev(column) for name, column in columns.items()} if len(finite) > 1 else {},
@@ -156,7 +182,7 @@ def _cells(row: Row, plus_minus: str, joint: str, starred: Sequence[Row]) -> lis
         cells.append(cell + (f"{plus_minus}{row.std[name]:.4f}" if row.std else ""))
     if row.diverged == row.seeds:
         cells[1] = "diverged"
-    states = [(row.diverged, "diverged"), (row.collapsed, "collapsed")]
+    states = [(row.diverged, "diverged"), (row.untrained, "untrained"), (row.collapsed, "collapsed")]
     counted = joint.join(f"{count} of {row.seeds}{joint}{state}" for count, state in states if count)
     return [*cells, counted or str(row.seeds), "-" if row.seconds is None else f"{row.seconds:.1f}"]
 

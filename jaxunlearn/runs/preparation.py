@@ -79,6 +79,8 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         raise UserError("init_weights: the file and its SHA-256 in the protocol go together, one of them is missing")
     if not 0 <= request.save_every < float("inf"):
         raise UserError(f"--save-every {request.save_every}: it must be at least 0")
+    if request.attempts < 1:
+        raise UserError(f"--attempts {request.attempts}: it must be at least 1")
     num_classes = DATASETS[protocol.dataset].num_classes
     validate(protocol, num_classes)
     mesh = make_mesh(len(request.seeds), request.devices)

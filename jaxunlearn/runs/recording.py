@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxunlearn.evaluation.metrics import diverged_metrics
-from jaxunlearn.registry import Method
+from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.runs.preparation import Prepared
 from jaxunlearn.training.pretrained import Models
 
@@ -36,6 +36,9 @@ def make_record(
     metrics = after.metrics[index]
     diverged_at = _diverged(before.models.diverged[index], after.models.diverged[index], metrics)
     metrics = diverged_metrics() if diverged_at else metrics
+    untrained_in = _untrained(method, before.models.untrained[index], after.models.untrained[index])
+    attempts = {"pretrain": before.models.attempts[index]}
+    attempts |= {RETRAIN: after.models.attempts[index]} if method.name == RETRAIN else {}
     seconds = {
         "data_s": common["data_s"],
         "compile_s": common.get("compile_s", 0.0) + timing.get("compile_s", 0.0),
@@ -45,7 +48,7 @@ def make_record(
         "checkpoint_s": (common.get("checkpoint_s", 0.0) + timing.get("checkpoint_s", 0.0)) / count,
     }
     throughput = {
-        "pretrain_images_per_s": images / pretrain_s if pretrain_s else None,
+        "pretrain_images_per_s": images / pretrain_s if pretrain_s and untrained_in != "pretrain" else None,
         "unlearn_steps_per_s": steps / unlearn_s if unlearn_s else None,
     }
     return {
@@ -60,8 +63,10 @@ def make_record(
         "timing": {name: round(value, 3) for name, value in seconds.items()},
         "throughput": {name: rate and round(rate, 3) for name, rate in throughput.items()},
         "environment": run.environment,
-        "status": "ok" if diverged_at is None else "diverged",
+        "status": "diverged" if diverged_at else "untrained" if untrained_in else "ok",
         "diverged_at": diverged_at,
+        "untrained_in": untrained_in,
+        "attempts": attempts,
         "collapsed": has_collapsed(before.metrics[index], metrics),
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -73,6 +78,11 @@ def _diverged(pretraining: int | None, unlearning: int | None, after: dict[str, 
         if step is not None:
             return {"phase": phase, "step": step}
     return {"phase": "evaluate", "step": None} if after["retain_acc"] is None else None
+
+
+def _untrained(method: Method, pretraining: bool, after: bool) -> str | None:
+    """Which training of a seed learned nothing, "pretrain" or "retrain"; None where none did."""
+    return "pretrain" if pretraining else RETRAIN if after and method.name == RETRAIN else None
 
 
 def has_collapsed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

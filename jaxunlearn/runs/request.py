@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxunlearn.benchmarks import MOST_SEEDS, Protocol, get_benchmark
+from jaxunlearn.benchmarks import ATTEMPTS, MOST_SEEDS, Protocol, get_benchmark
 from jaxunlearn.devices.configuration import default_precision
 from jaxunlearn.errors import UserError
 from jaxunlearn.registry import BASELINES, Method, Named, get_method, parse_value, title_of
@@ -36,6 +36,7 @@ class Request:
     export_weights: Path | None = None
     devices: int | None = None
     save_every: float = 120.0  # seconds between two checkpoints
+    attempts: int = ATTEMPTS  # at most, at pretraining a seed that learns nothing
     force: bool = False
 
     def record_path(self, method: Method, seed: int) -> Path:
@@ -51,7 +52,7 @@ class Request:
     def settings(self) -> tuple[Any, ...]:
         """What every process of a run must have been told alike."""
         methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
-        return self.bench, self.protocol, methods, self.seeds, self.devices, self.export_weights is None
+        return self.bench, self.protocol, methods, self.seeds, self.devices, self.attempts, self.export_weights is None
 
     def weights_path(self, method: Method, seed: int) -> Path | None:
         """Where the unlearned model goes: below `export_weights` what the record is below `out`."""

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,16 +16,16 @@ from jaxunlearn.errors import WriteError, one_line
 from jaxunlearn.evaluation.predictions import BATCH_SIZE
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
-from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.results import records
 from jaxunlearn.runs.compiling import EVALUATE, compiled_ahead
 from jaxunlearn.runs.preparation import Prepared
 from jaxunlearn.runs.recording import Scored, make_record
 from jaxunlearn.training.checkpoints import Entry, discard, locked, pretrain_entry, unlearn_entry
+from jaxunlearn.training.judging import judge_of
 from jaxunlearn.training.pretrained import Models
 from jaxunlearn.training.pretraining import Pretraining
-from jaxunlearn.training.resuming import Start, train
+from jaxunlearn.training.resuming import Redraw, Start, train
 
 
 def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
@@ -79,7 +80,7 @@ def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], mod
         if not records.write(path, record, request.force):
             return f"{path} holds a better record, kept; --force replaces it"
         if weights and record["status"] != "ok":
-            return f"{weights} was not written: the model diverged"
+            return f"{weights} was not written: the model is {record['status']}"
         if weights:
             write_safetensors(weights, to_state_dict(own))
     except OSError as error:
@@ -91,19 +92,26 @@ def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], mod
 def _train_or_load(run: Prepared, without: int | None) -> Models:
     request = run.request
     indices = np.arange(len(run.train.labels)) if without is None else run.split.retain
-    entries = [pretrain_entry(request.cache_dir, request.protocol, run.digest, seed, without) for seed in request.seeds]
+    labels = fetch(run.train.labels)[indices]
+    judge = judge_of(labels, len(run.batches(len(indices), "training")), request.protocol.pretrain_epochs)
+
+    def entry(index: int, attempt: int) -> Entry:
+        seed = request.seeds[index]
+        return pretrain_entry(request.cache_dir, request.protocol, run.digest, seed, without, attempt)
 
     def start(group: list[int]) -> Start:
         mesh = make_mesh(len(group), request.devices)
         pretraining = Pretraining(run.network, request.protocol, run.train, indices, mesh, run.timing)
-        return Start(pretraining, lambda: pretraining.start(seed_keys([request.seeds[i] for i in group])))
+        return Start(pretraining, pretraining.start)
 
-    with locked(entries):
-        return _to_the_end(run, start, entries, "pretrain" if without is None else RETRAIN)
+    entries = [entry(i, 0) for i in range(len(request.seeds))]
+    redraw = Redraw(judge, request.attempts, entry) if judge else None
+    with locked(entries):  # those of further attempts are nobody's who has not locked the first
+        return _to_the_end(run, start, entries, "pretrain" if without is None else RETRAIN, redraw)
 
 
 def _unlearn(run: Prepared, method: Method, entries: Sequence[Entry], pretrained: Models) -> Models:
-    if None not in pretrained.diverged:
+    if all(at is not None or bad for at, bad in zip(pretrained.diverged, pretrained.untrained, strict=True)):
         return pretrained._replace(seconds=[0.0] * len(run.keys))
     if not method.source and leads():
         for entry in entries:  # nobody can say whether it is of the same rule
@@ -117,7 +125,7 @@ def _unlearn(run: Prepared, method: Method, entries: Sequence[Entry], pretrained
         models = place_seeds(
             jax.tree.map(lambda x: x[chosen], (pretrained.params, pretrained.batch_stats)), unlearning.mesh
         )
-        return Start(unlearning, lambda: unlearning.start(models[0], models[1], run.keys[chosen]))
+        return Start(unlearning, partial(unlearning.start, *models))
 
     return _to_the_end(run, start, entries, method.name)
 
@@ -127,7 +135,13 @@ def _unlearn_entries(run: Prepared, method: Method) -> list[Entry]:
     return [unlearn_entry(request.cache_dir, request.protocol, run.digest, seed, method) for seed in request.seeds]
 
 
-def _to_the_end(run: Prepared, start: Callable[[list[int]], Start], entries: Sequence[Entry], title: str) -> Models:
+def _to_the_end(
+    run: Prepared,
+    start: Callable[[list[int]], Start],
+    entries: Sequence[Entry],
+    title: str,
+    redraw: Redraw | None = None,
+) -> Models:
     request = run.request
-    trained = train(start, entries, request.seeds, run.mesh, run.reporter, title, request.save_every)
-    return Models(trained.state.params, trained.state.batch_stats, trained.seconds, trained.diverged)
+    trained = train(start, entries, request.seeds, run.mesh, run.reporter, title, request.save_every, redraw)
+    return Models(trained.state.params, trained.state.batch_stats, *trained[1:])

@@ -44,6 +44,9 @@ class Position(NamedTuple):
         return f"epoch{self.epoch:04d}" + (f"-step{self.step:06d}" if self.step else "")
 
 
+Sums = dict[str, list[float | None]]  # of a metric over the steps of each epoch, the last perhaps not whole
+
+
 class Saved(NamedTuple):
     """A state as it was saved, without a seed axis."""
 
@@ -51,6 +54,7 @@ class Saved(NamedTuple):
     position: Position
     seconds: float  # that training up to here took
     diverged: int | None  # the first step whose loss, or after which a weight, was not finite
+    sums: Sums  # of the metrics; None where they are not known or not finite
 
 
 class Entry(NamedTuple):
@@ -70,16 +74,20 @@ class Entry(NamedTuple):
         return self.folder / position.name
 
 
-def pretrain_entry(cache_dir: Path, protocol: Protocol, digest: str, seed: int, without: int | None = None) -> Entry:
+def pretrain_entry(
+    cache_dir: Path, protocol: Protocol, digest: str, seed: int, without: int | None = None, attempt: int = 0
+) -> Entry:
     """The entry of a model pretrained by `protocol` on the data set with `digest`.
 
     The key is a hash of what pretraining reads and of nothing else: not the code's version or the device, which would
-    throw hours of training away at every commit. `without` is the class left out (`retrain`).
+    throw hours of training away at every commit. `without` is the class left out (`retrain`);
+    `attempt` counts from 0.
     """
     fields = dataclasses.asdict(protocol)
     about = {name: fields[name] for name in PRETRAIN_FIELDS} | {"digest": digest, "seed": seed, "without": without}
-    kind = "" if without is None else f"-without{without}"
-    return _entry(cache_dir / "pretrained", f"{protocol.model}-{protocol.dataset}{kind}-seed{seed}", about)
+    about |= {"attempt": attempt} if attempt else {}
+    kind, again = "" if without is None else f"-without{without}", f"-attempt{attempt}" if attempt else ""
+    return _entry(cache_dir / "pretrained", f"{protocol.model}-{protocol.dataset}{kind}-seed{seed}{again}", about)
 
 
 def unlearn_entry(cache_dir: Path, protocol: Protocol, digest: str, seed: int, method: Method) -> Entry:
@@ -165,6 +173,16 @@ def _choose(entries: Sequence[Entry]) -> list[Position | None]:
     return chosen
 
 
+def sums_at(entry: Entry, position: Position) -> Sums:
+    """Those of a checkpoint that is the entry's newest; empty where it is not, or cannot be read."""
+    if max(entry.positions, default=None) != position:
+        return {}
+    try:
+        return (_orbax().metadata(entry.path(position)).custom_metadata or {}).get("sums", {})
+    except Exception:  # `load` will say what is wrong with it
+        return {}
+
+
 def _saved_with(entry: Entry, position: Position | None) -> tuple[list[str], bool]:
     """Names of the entries that were being saved with this one, and whether none of them had been before."""
     try:
@@ -186,7 +204,7 @@ def load(entry: Entry, position: Position, abstract: dict[str, jax.ShapeDtypeStr
         about = metadata.custom_metadata or {}
         leaves = _orbax().restore(path)
         leaves |= {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if not x.size}
-        saved = Saved(leaves, position, about.get("seconds", 0.0), about.get("diverged"))
+        saved = Saved(leaves, position, about.get("seconds", 0.0), about.get("diverged"), about.get("sums", {}))
         if about.get("digest") != _digest(entry, saved):
             raise ValueError("it is not what was written")
         if about.get("precision") == "fp32" and about.get("device", "cpu") != "cpu" and "arithmetic" not in about:
@@ -209,7 +227,8 @@ def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
     }
     try:
         for entry, one in zip(entries, saved, strict=True):
-            written = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
+            written: dict[str, Any] = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
+            written |= {"sums": one.sums}
             written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
             written |= {"arithmetic": entry.about["precision"]}  # before, GPUs' fp32 was TF32
             leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
@@ -258,6 +277,7 @@ def _clean(entry: Entry) -> None:
 def _digest(entry: Entry, saved: Saved) -> str:
     """SHA-256 of all that a checkpoint means."""
     about = [entry.about, saved.position, saved.seconds, saved.diverged]
+    about += [saved.sums] if saved.sums else []  # older checkpoints have none
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, leaf in sorted(saved.leaves.items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())

@@ -18,6 +18,8 @@ class Models(NamedTuple):
     batch_stats: Any
     seconds: list[float]  # a seed's share of the time of the seeds that were trained together
     diverged: list[int | None]  # the first step whose loss, or after which a weight, was not finite
+    untrained: list[bool]  # whether it learned nothing and its training was stopped
+    attempts: list[int]  # at training it; 0 where it was given
 
 
 def given(path: Path, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:
@@ -25,4 +27,11 @@ def given(path: Path, network: Network, num_seeds: int, mesh: jax.sharding.Mesh)
     params, batch_stats = jax.eval_shape(network.initialise, jax.random.key(0))
     variables = load_weights(path, {"params": params, "batch_stats": batch_stats})
     placed = place_seeds(jax.tree.map(lambda x: np.repeat(x[None], num_seeds, 0), variables), mesh)
-    return Models(placed["params"], placed["batch_stats"], [0.0] * num_seeds, [None] * num_seeds)
+    return Models(
+        placed["params"],
+        placed["batch_stats"],
+        [0.0] * num_seeds,
+        [None] * num_seeds,
+        [False] * num_seeds,
+        [0] * num_seeds,
+    )

@@ -1,0 +1,139 @@
+"""What is kept of a group of seeds while it trains: now and then, and when it is asked to stop.
+
+The states are copied to the host, which is all that the training waits for, and written from there by a thread of the
+leading process.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxunlearn.devices.processes import anywhere, leads, meet
+from jaxunlearn.devices.sharding import fetch
+from jaxunlearn.errors import one_line
+from jaxunlearn.training.checkpoints import Entry, Position, Saved, Sums, save_together
+from jaxunlearn.training.loop import Timing
+from jaxunlearn.training.states import leaves_of, to_host
+
+
+class Saving:
+    """Saves a group of seeds while it trains, in epochs of so many `steps`."""
+
+    def __init__(self, entries: Sequence[Entry], before: Sequence[Saved], steps: int, timing: Timing, every: float):
+        self.position = before[0].position if before else Position(0, 0)  # where the running epoch was entered
+        self.diverged = [one.diverged for one in before] or [None] * len(entries)
+        self.sums: list[Sums] = [one.sums for one in before] or [{}] * len(entries)
+        self.stopping: Callable[[], bool] = lambda: False
+        self._entries, self._steps, self._timing, self._every = entries, steps, timing, every
+        self._seconds = [one.seconds for one in before] or [0.0] * len(entries)
+        self._entered = self.sums
+        self._start = self._last = time.perf_counter()
+        self._not_training = self._overhead()
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._submitted: Position | None = None
+        self._saved: list[Saved] = []
+
+    def enter(self, position: Position) -> None:
+        """Begins an epoch, or goes on within it."""
+        self.position, self._entered = position, self.sums
+
+    def due(self) -> bool:
+        """Whether it is time to save: never before what was saved last is written."""
+        waited = leads() and time.perf_counter() - self._last >= self._every
+        return anywhere(self.stopping() or (waited and (self._writing is None or self._writing.done())))
+
+    def keep(self, done: int, state: Any, metrics: dict[str, np.ndarray]) -> None:
+        """Saves the state after `done` steps of the running epoch, of which `metrics` are those since it was entered.
+
+        Raises KeyboardInterrupt, once that is written, where the run was asked to stop.
+        """
+        self.note(metrics)
+        with self._timing("checkpoint_s"):
+            position = Position(self.position.epoch, done)
+            if position != self._submitted:
+                self._save(state, position)
+            if anywhere(self.stopping()):
+                self._wait()
+                meet()  # a process that ends takes the others with it
+                raise KeyboardInterrupt
+
+    def _save(self, state: Any, position: Position) -> None:
+        elapsed = time.perf_counter() - self._start - (self._overhead() - self._not_training)
+        states = to_host(state, len(self._entries))
+        self._saved = [
+            Saved(leaves_of(one), position, seconds + elapsed / len(states), diverged, sums)
+            for one, seconds, diverged, sums in zip(states, self._seconds, self.diverged, self.sums, strict=True)
+        ]
+        self._wait()
+        if leads():
+            self._writing = self._thread.submit(save_together, self._entries, self._saved)
+        self._last, self._submitted = time.perf_counter(), position
+
+    def note(self, metrics: dict[str, np.ndarray]) -> None:
+        """Adds up the metrics since the running epoch was entered, and looks for the first loss that is not finite."""
+        if metrics:
+            each = [{name: values[i] for name, values in metrics.items()} for i in range(len(self._entries))]
+            pairs = zip(self._entered, each, strict=True)
+            self.sums = [_added(sums, own, self.position.epoch) for sums, own in pairs]
+        first = self.position.epoch * self._steps + self.position.step
+        for i, losses in enumerate(metrics.get("loss", ())):
+            wild = np.flatnonzero(~np.isfinite(losses))
+            if self.diverged[i] is None and wild.size:
+                self.diverged[i] = first + int(wild[0])
+
+    def note_weights(self, state: Any, step: int) -> None:
+        """Looks for weights and statistics that are not finite after `step`, the last of an epoch: whatever is saved
+        when, the same step is found."""
+        finite = fetch(_finite((state.params, state.batch_stats)))
+        self.diverged = [
+            step if known is None and not fine else known for known, fine in zip(self.diverged, finite, strict=True)
+        ]
+
+    def finish(self) -> list[Saved]:
+        """What was saved last, once it is written."""
+        with self._timing("checkpoint_s"):
+            self._wait()
+        return self._saved
+
+    def close(self) -> None:
+        """Waits for the thread: the entries are not to be unlocked while it writes."""
+        self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._writing is None:
+            return
+        error, self._writing = self._writing.exception(), None
+        if error:  # of a full disk, mostly: no reason to throw the run away
+            self._submitted = None
+            warnings.warn(f"a checkpoint was not written ({one_line(error)}): the run goes on without", stacklevel=2)
+
+    def _overhead(self) -> float:
+        return sum(self._timing.get(name, 0.0) for name in ("compile_s", "checkpoint_s"))
+
+
+def _added(sums: Sums, metrics: Mapping[str, np.ndarray], epoch: int) -> Sums:
+    """The sums with what the steps of an epoch add, one after the other: wherever it was cut, the same bits."""
+    result = dict(sums)
+    for name, values in metrics.items():
+        own = [*sums.get(name, ()), *[None] * epoch][: max(epoch, len(sums.get(name, ())))]
+        total: float | None = 0.0
+        if len(own) > epoch:
+            total = own.pop()
+        for value in values.tolist():
+            total = None if total is None else total + value
+        result[name] = [*own, total if total is not None and math.isfinite(total) else None]
+    return result
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    """bool[S]: whether a seed's part of every array is finite."""
+    return jnp.stack([jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in jax.tree.leaves(tree)]).all(0)

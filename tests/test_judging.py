@@ -1,0 +1,171 @@
+"""Seeds that learn nothing in pretraining: how they are found, drawn again, and what records and tables say of them."""
+
+import dataclasses
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_runs import BENCH, DIGITS, compile_once, numbers, request_of, results, stop_after, tiny_bench
+from tiny import assert_close
+
+from jaxunlearn.data.datasets import load
+from jaxunlearn.errors import UserError
+from jaxunlearn.randomness import seed_keys
+from jaxunlearn.results.tables import print_results, summarize
+from jaxunlearn.runs import preparation
+from jaxunlearn.training import judging
+from jaxunlearn.training.checkpoints import Position, Saved
+from jaxunlearn.training.judging import judge_of
+from jaxunlearn.training.pretraining import Pretraining
+from jaxunlearn.training.unlearning import Unlearning
+
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.filterwarnings("ignore:.*had learned nothing")]
+__all__ = ["compile_once", "tiny_bench"]  # fixtures
+LONGER = dataclasses.replace(DIGITS, pretrain_epochs=6)
+SIZES = {"pretrain": 300, "retrain": 270}  # images an epoch
+
+
+def with_brightness(dataset):
+    """The digits as plain grey that says which they are, so that a tiny model learns something in a few steps."""
+    grey = [
+        s._replace(images=np.full_like(s.images, 25) * s.labels[:, None, None, None].astype(np.uint8))
+        for s in dataset[2:4]
+    ]
+    return dataset._replace(train=grey[0], test=grey[1])
+
+
+@pytest.fixture
+def dying(monkeypatch):
+    """Makes a function of (phase, seed, attempt) after which those have a layer that is 0 for every image."""
+    monkeypatch.setattr(judging, "STEPS", 20)  # four epochs
+    monkeypatch.setattr(preparation, "load", lambda *args: with_brightness(load(*args)))
+    start = Pretraining.start
+
+    def dies(*dead):
+        def started(pretraining, keys):
+            state = start(pretraining, keys)
+            sizes = {key: SIZES[phase] for phase, *key in map(list, dead) for key in [tuple(key)]}
+            gone = [
+                any(
+                    (jax.random.key_data(own) == jax.random.key_data(seed_keys([seed], [attempt])[0])).all()
+                    and pretraining.images_per_epoch == size
+                    for (seed, attempt), size in sizes.items()
+                )
+                for own in keys
+            ]
+            alive = jnp.logical_not(jnp.array(gone))[:, None].astype(jnp.float32)
+            bn = {name: value * alive for name, value in state.params["bn"].items()}
+            return state._replace(params=state.params | {"bn": bn})
+
+        monkeypatch.setattr(Pretraining, "start", started)
+
+    return dies
+
+
+def saved(accuracy, loss, epoch=2):
+    return Saved({}, Position(epoch, 0), 0.0, None, {"accuracy": accuracy, "loss": loss})
+
+
+def test_what_counts_as_learning_nothing():
+    judge = judge_of(np.repeat(np.arange(1, 100), 500), steps=387, epochs=80)
+    assert (judge.epoch, judge.steps) == (2, 387)
+    assert judge.accuracy == pytest.approx(1 / 99 + 3 * math.sqrt(98 / 99**2 / 49_500))
+    assert judge.loss == pytest.approx(0.995 * math.log(99))
+    chance, dead = 387 / 99, 387 * math.log(100)
+    assert judge.untrained(saved([chance, chance], [dead, dead]))
+    assert not judge.untrained(saved([chance, chance], [dead, dead], epoch=1))
+    assert not judge.untrained(saved([chance, 2 * chance], [dead, dead]))
+    assert not judge.untrained(saved([chance, chance], [dead, 0.95 * dead]))
+    assert judge.untrained(saved([None, chance], [None, dead]))
+    for unknown in ([], [chance], [chance, None]):
+        assert not judge.untrained(saved(unknown, [dead, dead]))
+    assert not judge.untrained(None)
+
+
+def test_it_is_not_asked_too_early():
+    labels = np.arange(10)
+    assert judge_of(labels, steps=5, epochs=19) is None and judge_of(labels, steps=5, epochs=20).epoch == 20
+    assert judge_of(labels, steps=400, epochs=1) is None and judge_of(labels, steps=400, epochs=2).epoch == 2
+    assert judge_of(np.array([0, 0, 0, 1]), steps=50, epochs=2).accuracy == pytest.approx(0.75 + 3 * math.sqrt(3 / 64))
+
+
+@pytest.mark.slow
+def test_a_seed_is_drawn_again_and_the_others_wait_for_it(tmp_path, dying):
+    alone = results(request_of(tmp_path / "alone", seeds=(2,), protocol=LONGER))
+    dying(("pretrain", 1, 0), ("pretrain", 1, 1))
+    with pytest.warns(UserWarning, match="pretrain: seed 1 had learned nothing after epoch 4: drawn again, .* 3 of 5"):
+        first, second = results(request_of(tmp_path, seeds=(1, 2), protocol=LONGER))
+    assert (first["status"], first["attempts"], first["untrained_in"]) == ("ok", {"pretrain": 3}, None)
+    assert (second["status"], second["attempts"]) == ("ok", {"pretrain": 1})
+    assert_close(second["before"], alone[0]["before"], 1e-5)
+    folders = sorted(path.name for path in (tmp_path / "cache" / "pretrained").iterdir())
+    assert len(folders) == 4 and sum("attempt" in name for name in folders) == 2
+
+
+@pytest.mark.slow
+def test_one_attempt_gives_the_row_as_it_is(tmp_path, dying, monkeypatch):
+    dying(("pretrain", 1, 0))
+    first, second = results(request_of(tmp_path, seeds=(1, 2), attempts=1, protocol=LONGER))
+    assert (first["status"], first["untrained_in"], second["status"]) == ("untrained", "pretrain", "ok")
+    assert first["retain_acc"] == pytest.approx(1 / 9, abs=0.03)  # one answer for all
+    monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained on"))
+    monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))
+    (again,) = results(request_of(tmp_path, seeds=(1,), attempts=1, protocol=LONGER))
+    assert again["status"] == "untrained" and again["before"] == first["before"]
+
+
+@pytest.mark.slow
+def test_after_the_last_attempt_it_is_taken_as_it_is(tmp_path, dying):
+    dying(("retrain", 1, 0), ("retrain", 1, 1))
+    (found,) = results(request_of(tmp_path, method="retrain", seeds=(1,), attempts=2, protocol=LONGER))
+    assert (found["status"], found["untrained_in"]) == ("untrained", "retrain")
+    assert found["attempts"] == {"pretrain": 1, "retrain": 2}
+    (found,) = results(request_of(tmp_path, method="retrain", seeds=(1,), attempts=3, protocol=LONGER))
+    assert (found["status"], found["attempts"]["retrain"]) == ("ok", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 22, 27])  # at first, in the second attempt, when both go on
+def test_an_interrupted_run_comes_to_the_same_attempts_and_bits(tmp_path, dying, monkeypatch, steps):
+    dying(("pretrain", 1, 0))
+    undisturbed = results(request_of(tmp_path / "whole", seeds=(1, 2), protocol=LONGER))
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(KeyboardInterrupt):
+            results(request_of(tmp_path, seeds=(1, 2), protocol=LONGER))
+    found = results(request_of(tmp_path, seeds=(1, 2), protocol=LONGER))
+    assert list(map(numbers, found)) == list(map(numbers, undisturbed))
+    assert [record["attempts"] for record in found] == [{"pretrain": 2}, {"pretrain": 1}]
+
+
+def test_attempts_are_at_least_one(tmp_path):
+    with pytest.raises(UserError, match="--attempts 0: it must be at least 1"):
+        results(request_of(tmp_path, attempts=0))
+
+
+def record(method, seed, score, **more):
+    metrics = dict.fromkeys(("retain_acc", "forget_acc", "forget_mia_auc", "unlearn_score", "symmetric_score"), score)
+    return {
+        "bench": BENCH, "method": method, "seed": seed, "hyperparameters": {}, "before": metrics, "status": "ok",
+        "timing": {"unlearn_s": 1.0, "evaluate_s": 1.0}, "protocol": {"precision": DIGITS.precision},
+        "environment": {"device_kind": "cpu"}, "untrained_in": None, "attempts": {"pretrain": 1},
+    } | metrics | more  # fmt: skip
+
+
+def test_an_untrained_row_is_not_ranked_not_averaged_and_no_reference():
+    dead = {"status": "untrained", "untrained_in": "retrain", "attempts": {"pretrain": 1, "retrain": 5}}
+    records = [record("retrain", 1, 0.9, **dead), record("scrub", 1, 0.5), record("scrub", 2, 0.7)]
+    pretrained, scrub, retrain = summarize(records, {})
+    assert (pretrained.method, scrub.method, retrain.method) == ("pretrained", "scrub", "retrain")
+    assert (retrain.untrained, retrain.ranked, retrain.mean["retain_acc"]) == (1, False, 0.9)
+    records[1] |= {"status": "untrained", "untrained_in": "pretrain", "attempts": {"pretrain": 2}}
+    pretrained, scrub, retrain = summarize(records, {})
+    assert (scrub.untrained, scrub.mean["retain_acc"], pretrained.untrained) == (1, 0.7, 1)
+    text = io.StringIO()
+    print_results([*records, record("better", 3, 0.95)], defaults={}, members=9, non_members=9, file=text)
+    assert "*" not in text.getvalue()  # nothing is above a reference, since there is none
+    assert "1 of 2 untrained" in text.getvalue()
+    assert "Drawn again" in text.getvalue() and "retrain of seed 1 (attempt 5)" in text.getvalue()
