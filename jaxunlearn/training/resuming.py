@@ -105,8 +105,9 @@ def train(
         for i in range(len(seeds)):
             while redraw and redraw.judge.untrained(saved[i]) and attempts[i] + 1 < redraw.most:
                 attempts[i] += 1
-                learned = f"{title}: seed {seeds[i]} had learned nothing after epoch {redraw.judge.epoch}"
-                warnings.warn(f"{learned}: drawn again, attempt {attempts[i] + 1} of {redraw.most}", stacklevel=2)
+                if leads():
+                    learned = f"{title}: seed {seeds[i]} had learned nothing after epoch {redraw.judge.epoch}"
+                    warnings.warn(f"{learned}: drawn again, attempt {attempts[i] + 1} of {redraw.most}", stacklevel=2)
                 entries[i] = redraw.entry(i, attempts[i])
                 saved[i] = _load([entries[i]], shapes)[0]
         until, groups = _next(saved, attempts, judge, whole.training.epochs)
