@@ -23,6 +23,7 @@ from jaxunlearn import methods
 from jaxunlearn.errors import UserError, blamed
 from jaxunlearn.methods.rule import UnlearningRule
 from jaxunlearn.torch_style import as_rule
+from jaxunlearn.torch_style.advice import advice
 
 Named = str | Path | Callable[..., Any]  # a method as users name it: by name, by file, or itself
 
@@ -174,7 +175,10 @@ def _load_file(path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look it up
     with blamed(f"{path}: the rule file failed to import"):
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(advice(error)) from error
     if "rule" in vars(module):
         return module.rule
     with blamed(str(path)):
@@ -182,10 +186,13 @@ def _load_file(path: Path) -> Any:
             value
             for value in vars(module).values()
             if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "unlearn_step")
+            if not inspect.isabstract(value)
         }
         if len(classes) > 1:
             several = " and ".join(sorted(cls.__name__ for cls in classes))
-            raise UserError(f"{several} have an `unlearn_step`: add `rule = as_rule(...)` of one of them")
+            last = max(classes, key=lambda cls: len(cls.__mro__)).__name__
+            write = f"add `rule = as_rule({last})` at the end and `from jaxunlearn.torch_style import as_rule` above"
+            raise UserError(f"{several} have an `unlearn_step`: {write}")
         if not classes:
             raise UserError("the rule file defines no `rule`, and no class with an `unlearn_step`")
         return as_rule(*classes)
