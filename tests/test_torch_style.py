@@ -227,16 +227,17 @@ def test_the_halves_of_a_step_are_the_step():
     rule, params, state = start(as_rule(Halves))
     whole = get_method(str(FOLDER / "torch_retain_finetune.py")).factory(context())
     mine, theirs = (jax.jit(rule.step)(params, state, RETAIN, FORGET) for rule in (rule, whole))
-    assert_close(mine[:2], theirs[:2], 1e-6)
+    assert_close((mine[0], mine[1][:2]), (theirs[0], theirs[1][:2]), 1e-6)
     assert_close(first_gradients(mine[1]), direct_gradients(params, state.batch_stats, RETAIN), 1e-5)
 
 
 def test_gradients_are_clipped_by_their_norm():
     rule, params, state = start(as_rule(Halves), clip=0.01)
     _, state, _ = jax.jit(rule.step)(params, state, RETAIN, FORGET)
-    norm = optax.global_norm(direct_gradients(params, state.batch_stats, RETAIN))
+    whole, clipped = direct_gradients(params, state.batch_stats, RETAIN), first_gradients(state)
+    norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(whole)))
     assert norm > 0.01
-    np.testing.assert_allclose(optax.global_norm(first_gradients(state)), 0.01, rtol=1e-5)
+    assert_close(clipped, jax.tree.map(lambda g: g * 0.01 / norm, whole), 1e-5)
 
 
 class Averaged(UnlearningMethod):
@@ -257,10 +258,10 @@ class Averaged(UnlearningMethod):
 
 def test_a_step_may_leave_the_mean_of_weights():
     rule, params, state = start(as_rule(Averaged))
-    plain = jax.jit(get_method("retain_finetune").factory(context()).step)
+    step, plain = jax.jit(rule.step), jax.jit(get_method("retain_finetune").factory(context()).step)
     expected, fast, adam = [(params, state.batch_stats)], params, state
     for _ in range(2):
-        params, state, _ = jax.jit(rule.step)(params, state, RETAIN, FORGET)
+        params, state, _ = step(params, state, RETAIN, FORGET)
         fast, adam, _ = plain(fast, adam._replace(extra=()), RETAIN, FORGET)
         expected.append((fast, adam.batch_stats))
     mean = jax.tree.map(lambda *values: sum(values) / len(values), *expected)
