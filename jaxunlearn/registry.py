@@ -190,7 +190,7 @@ def _load_file(path: Path) -> Any:
         }
         if len(classes) > 1:
             several = " and ".join(sorted(cls.__name__ for cls in classes))
-            last = max(classes, key=lambda cls: len(cls.__mro__)).__name__
+            last = max(classes, key=lambda cls: (len(cls.__mro__), cls.__name__)).__name__  # mostly what is derived
             write = f"add `rule = as_rule({last})` at the end and `from jaxunlearn.torch_style import as_rule` above"
             raise UserError(f"{several} have an `unlearn_step`: {write}")
         if not classes:

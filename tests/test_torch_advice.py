@@ -75,6 +75,7 @@ def check_text(tmp_path, text):
         ("images.mul_(2)", r"line 18: .mul_ is PyTorch's: an array never changes: x.mul_\(2\) is x = x \* 2"),
         ("images.pin_memory()", "line 18: .pin_memory is PyTorch's: an array has it not, see jax.numpy and jax.nn"),
         ("jax.absent", "line 18: AttributeError: module 'jax' has no attribute 'absent'"),
+        ("self.data", "line 18: AttributeError: 'Mine' object has no attribute 'data'"),
         ("raise TypeError('argument must be Tensor, not Tracer')", "line 18: torch's functions take no JAX arrays"),
         ("import torch_absent", "line 18: torch's functions take no JAX arrays"),
         ("jax.grad(lambda x: model(x).sum())(images)", "inside jax.grad a model is in eval mode"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.torch_style.epochs import ESCAPED
@@ -34,6 +35,7 @@ MODEL = (
     "a model is one function: dict(model.named_parameters())['conv1.weight'] is a parameter, "
     "model.load_state_dict(...) replaces some, logits, features = model.with_features(images)"
 )
+VALUES = (jax.Array, np.ndarray, np.generic, float, tuple, type(None))  # what PyTorch would have tensors for
 NEVER_CHANGES = "an array never changes and has one device: leave it out"
 INSTEAD = {  # what PyTorch has and JAX has not
     "backward": LEARNS,
@@ -69,7 +71,7 @@ def check_parts(method: Any) -> None:
         if function is None:
             continue
         try:
-            inspect.signature(function).bind(*range(written.count(",")))
+            inspect.signature(function).bind(*written.split(", ")[1:])
         except TypeError:
             data = f"; what looks at the data is {PREPARE}" if part == "setup" else ""
             raise UserError(f"{type(method).__name__}.{part}: write {written}{data}") from None
@@ -136,8 +138,6 @@ def _instead(name: str, owner: Any) -> str | None:
         homes = (("jnp", jnp), ("jax.nn", jax.nn), ("jax.lax", jax.lax))
         known = [f"write {home}.{name}(array)" for home, module in homes if hasattr(module, name)]
         return known[0] if known else "an array has it not, see jax.numpy and jax.nn"
-    if isinstance(owner, Model):
-        return INSTEAD.get(name, MODEL)
-    if isinstance(owner, Optimizer):
-        return INSTEAD.get(name, FIXED)
-    return INSTEAD.get(name)
+    if isinstance(owner, Model | Optimizer):
+        return INSTEAD.get(name, MODEL if isinstance(owner, Model) else FIXED)
+    return INSTEAD.get(name) if isinstance(owner, VALUES) else None
