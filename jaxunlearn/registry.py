@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from jaxunlearn import methods
 from jaxunlearn.errors import UserError, blamed
 from jaxunlearn.methods.rule import UnlearningRule
-from jaxunlearn.torch_style import as_rule
+from jaxunlearn.torch_style import UnlearningMethod, as_rule
 from jaxunlearn.torch_style.advice import advice
 
 Named = str | Path | Callable[..., Any]  # a method as users name it: by name, by file, or itself
@@ -158,9 +158,15 @@ def _defaults(title: str, factory: Any) -> dict[str, Any]:
 
 def _of_class(cls: type) -> Callable[..., UnlearningRule]:
     with blamed(f"method '{cls.__name__}'"):
-        if not hasattr(cls, "unlearn_step"):
+        if not _has_step(cls):
             raise UserError("the class has no `unlearn_step`")
         return as_rule(cls)
+
+
+def _has_step(cls: type) -> bool:
+    """Whether a class can be a method: a base class whose `unlearn_step` is still to be written cannot."""
+    step = getattr(cls, "unlearn_step", None)
+    return step is not None and step is not UnlearningMethod.unlearn_step and not inspect.isabstract(cls)
 
 
 def _check_json(value: Any) -> None:
@@ -185,8 +191,7 @@ def _load_file(path: Path) -> Any:
         classes = {
             value
             for value in vars(module).values()
-            if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "unlearn_step")
-            if not inspect.isabstract(value)
+            if isinstance(value, type) and value.__module__ == module.__name__ and _has_step(value)
         }
         if len(classes) > 1:
             several = " and ".join(sorted(cls.__name__ for cls in classes))

@@ -113,8 +113,17 @@ def test_of_several_classes_a_file_names_one(tmp_path):
     assert get_method(str(tmp_path / "mine.py")).defaults["weight"] == 0.5
 
 
-def test_an_abstract_base_class_is_no_method(tmp_path):
-    base = "import abc\nclass Base(abc.ABC):\n    @abc.abstractmethod\n    def unlearn_step(self): pass\n"
+@pytest.mark.parametrize(
+    "base",
+    [
+        "import abc\nclass Base(abc.ABC):\n    @abc.abstractmethod\n    def unlearn_step(self): pass\n",
+        "from jaxunlearn.torch_style import UnlearningMethod\nclass Base(UnlearningMethod): pass\n",
+    ],
+)
+def test_a_base_class_without_a_step_is_no_method(tmp_path, base):
+    (tmp_path / "mine.py").write_text(base)
+    with refused("no class with an `unlearn_step`"):
+        get_method(str(tmp_path / "mine.py"))
     (tmp_path / "mine.py").write_text(f"{base}class Mine(Base):\n    def unlearn_step(self): pass\n")
     assert get_method(str(tmp_path / "mine.py")).defaults == {}
 

@@ -33,7 +33,8 @@ OF_IMAGES = "that of images is jax.grad's, the model in eval mode"
 NO_GRADIENT = f"only the model that learns has a gradient: leave it out; to freeze parameters, {BY_NAME}; {OF_IMAGES}"
 MODEL = (
     "a model is one function: dict(model.named_parameters())['conv1.weight'] is a parameter, "
-    "model.load_state_dict(...) replaces some, logits, features = model.with_features(images)"
+    "model.load_state_dict({name: array}) replaces it, model.train(batch_norm=False) is BatchNorm alone in eval mode, "
+    "logits, features = model.with_features(images) is what the last layer is given"
 )
 VALUES = (jax.Array, np.ndarray, np.generic, float, tuple, type(None))  # what PyTorch would have tensors for
 NEVER_CHANGES = "an array never changes and has one device: leave it out"
