@@ -229,6 +229,7 @@ def test_the_halves_of_a_step_are_the_step():
     mine, theirs = (jax.jit(rule.step)(params, state, RETAIN, FORGET) for rule in (rule, whole))
     assert_close((mine[0], mine[1][:2]), (theirs[0], theirs[1][:2]), 1e-6)
     assert_close(first_gradients(mine[1]), direct_gradients(params, state.batch_stats, RETAIN), 1e-5)
+    assert programs_of(as_rule(Halves)) == 1
 
 
 def test_gradients_are_clipped_by_their_norm():

@@ -81,9 +81,13 @@ def make_network(protocol: Protocol, num_classes: int) -> Network:
         return Forward(logits, features[-1], after["batch_stats"])
 
     def layers() -> tuple[str, ...]:
-        names: list[str] = []  # taken inside, because what leaves a transformation is sorted
-        images = jnp.zeros((1, 32, 32, 3))
-        jax.eval_shape(lambda key: names.extend(model.init(key, images, train=False)["params"]), jax.random.key(0))
+        names: list[str] = []
+
+        def trace() -> None:  # all of it inside: what leaves is sorted, and what is made outside joins a step's trace
+            variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+            names.extend(variables["params"])
+
+        jax.eval_shape(trace)
         return tuple(names)
 
     return Network(initialise, apply_train, apply_eval, forward, layers)
