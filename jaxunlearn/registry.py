@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from jaxunlearn import methods
 from jaxunlearn.errors import UserError, blamed
 from jaxunlearn.methods.rule import UnlearningRule
-from jaxunlearn.torch_style import as_rule
+from jaxunlearn.torch_style import UnlearningMethod, as_rule
+from jaxunlearn.torch_style.advice import advice
 
 Named = str | Path | Callable[..., Any]  # a method as users name it: by name, by file, or itself
 
@@ -157,9 +158,15 @@ def _defaults(title: str, factory: Any) -> dict[str, Any]:
 
 def _of_class(cls: type) -> Callable[..., UnlearningRule]:
     with blamed(f"method '{cls.__name__}'"):
-        if not hasattr(cls, "unlearn_step"):
+        if not _has_step(cls):
             raise UserError("the class has no `unlearn_step`")
         return as_rule(cls)
+
+
+def _has_step(cls: type) -> bool:
+    """Whether a class can be a method: a base class whose `unlearn_step` is still to be written cannot."""
+    step = getattr(cls, "unlearn_step", None)
+    return step is not None and step is not UnlearningMethod.unlearn_step and not inspect.isabstract(cls)
 
 
 def _check_json(value: Any) -> None:
@@ -174,18 +181,23 @@ def _load_file(path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look it up
     with blamed(f"{path}: the rule file failed to import"):
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(advice(error)) from error
     if "rule" in vars(module):
         return module.rule
     with blamed(str(path)):
         classes = {
             value
             for value in vars(module).values()
-            if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "unlearn_step")
+            if isinstance(value, type) and value.__module__ == module.__name__ and _has_step(value)
         }
         if len(classes) > 1:
             several = " and ".join(sorted(cls.__name__ for cls in classes))
-            raise UserError(f"{several} have an `unlearn_step`: add `rule = as_rule(...)` of one of them")
+            last = max(classes, key=lambda cls: (len(cls.__mro__), cls.__name__)).__name__  # mostly what is derived
+            write = f"add `rule = as_rule({last})` at the end and `from jaxunlearn.torch_style import as_rule` above"
+            raise UserError(f"{several} have an `unlearn_step`: {write}")
         if not classes:
             raise UserError("the rule file defines no `rule`, and no class with an `unlearn_step`")
         return as_rule(*classes)

@@ -80,6 +80,8 @@ jax.lax.psum(images, 'seed')
 jax.debug.callback(print, images, ordered=True)
 jax.experimental.io_callback(print, None, images, ordered=True)
 model.absent
+model.absent = images
+images.absent_()
 model(images[0])
 images = images.at[99999].set(0)
 images = np.asarray(images)

@@ -106,11 +106,26 @@ def test_a_users_class_is_a_method(tmp_path):
 
 def test_of_several_classes_a_file_names_one(tmp_path):
     (tmp_path / "mine.py").write_text(CLASS + "class Other(Mine):\n    pass\n")
-    with refused("mine.py: Mine and Other have an `unlearn_step`: add `rule = as_rule"):
+    with refused(r"mine.py: Mine and Other have an `unlearn_step`: add `rule = as_rule\(Other\)` at the end"):
         get_method(str(tmp_path / "mine.py"))
     text = "from jaxunlearn.torch_style import as_rule\n" + "rule = as_rule(Other)"
     (tmp_path / "mine.py").write_text(CLASS + "class Other(Mine):\n    weight: float = 0.75\n" + text)
     assert get_method(str(tmp_path / "mine.py")).defaults["weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "import abc\nclass Base(abc.ABC):\n    @abc.abstractmethod\n    def unlearn_step(self): pass\n",
+        "from jaxunlearn.torch_style import UnlearningMethod\nclass Base(UnlearningMethod): pass\n",
+    ],
+)
+def test_a_base_class_without_a_step_is_no_method(tmp_path, base):
+    (tmp_path / "mine.py").write_text(base)
+    with refused("no class with an `unlearn_step`"):
+        get_method(str(tmp_path / "mine.py"))
+    (tmp_path / "mine.py").write_text(f"{base}class Mine(Base):\n    def unlearn_step(self): pass\n")
+    assert get_method(str(tmp_path / "mine.py")).defaults == {}
 
 
 ARGUMENTS = "class Mine:\n    def __init__(self, {}): pass\n    def unlearn_step(self): pass"
@@ -122,6 +137,7 @@ ARGUMENTS = "class Mine:\n    def __init__(self, {}): pass\n    def unlearn_step
         ("gone.py", None, "gone.py: no such rule file"),
         ("mine.py", "def rule(context:", "failed to import: SyntaxError"),
         ("mine.py", "import not_a_module", "failed to import: ModuleNotFoundError: No module named 'not_a_module'"),
+        ("mine.py", "import torch_absent.nn", "failed to import: torch's functions take no JAX arrays"),
         ("mine.py", "raise SystemExit(3)", "failed to import: SystemExit"),
         ("mine.py", "raise ValueError('a\\nb')", "failed to import: ValueError: a b"),
         ("mine.py", "def rules(context): pass", "the rule file defines no `rule`"),

@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import (
     CLASSES,
     PLAIN,
     PROTOCOL,
     assert_close,
-    assert_differ,
     host_models,
     make_batch,
     make_models,
@@ -25,17 +25,12 @@ from tiny import (
     unlearn,
 )
 
-from jaxunlearn import torch_style
-from jaxunlearn.benchmarks import get_benchmark
-from jaxunlearn.errors import UserError
 from jaxunlearn.methods.rule import RuleState, cross_entropy
 from jaxunlearn.models.network import make_network
-from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import BASELINES, Method, get_method
 from jaxunlearn.torch_style import Model, UnlearningMethod, as_rule, baselines
 from jaxunlearn.torch_style.models import Generator
-from jaxunlearn.training.checking import check_rule
 from jaxunlearn.training.unlearning import make_context
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -92,108 +87,6 @@ def test_a_class_has_the_hyperparameters_and_teachers_of_the_rule(name):
             assert_close(jax.tree.leaves(extra), jax.tree.leaves(expected), 0)
         else:
             assert jax.tree.leaves(extra) == []
-
-
-# Models.
-
-
-def test_a_model_in_train_mode_moves_its_statistics_in_the_order_of_the_calls():
-    model, network = make_model(), make_network(PLAIN_PROTOCOL, CLASSES)
-    stats, key = model.batch_stats, jax.random.key(0)
-    for images in (RETAIN.images, FORGET.images, RETAIN.images):
-        logits, stats = network.apply_train(model.params, stats, images, key)
-        assert_close(model(images), logits, 0)
-        assert_close(model.batch_stats, stats, 0)
-
-
-def test_a_model_in_eval_mode_uses_its_statistics_and_keeps_them():
-    model, network = make_model(), make_network(PLAIN_PROTOCOL, CLASSES)
-    model(RETAIN.images)
-    stats = model.batch_stats
-    assert model.eval() is model
-    assert_close(model(FORGET.images), network.apply_eval(model.params, stats, FORGET.images), 0)
-    assert model.batch_stats is stats
-    assert_differ(model.train()(FORGET.images), model.eval()(FORGET.images))
-    assert model.train().training and not model.train(False).training
-
-
-def test_dropout_is_new_with_every_call_and_for_every_copy():
-    model = make_model(model=PROTOCOL.model)
-    teacher = copy.deepcopy(model)
-    outputs = [forward(RETAIN.images) for forward in (model, model, teacher)]
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert_differ(outputs[one], outputs[other])
-    assert_close(model.eval()(RETAIN.images), model(RETAIN.images), 0)
-
-
-def test_a_copy_stays_as_it_is_and_has_no_gradient():
-    model = make_model()
-    teacher = copy.deepcopy(model).eval()
-    params, expected = model.params, teacher(RETAIN.images)
-    model(RETAIN.images)
-    model.params = jax.tree.map(lambda p: 2 * p, params)
-    assert model.training and not teacher.training
-    assert_close(teacher(RETAIN.images), expected, 0)
-
-    def loss(params):
-        model.params = params
-        return copy.deepcopy(model)(RETAIN.images).sum()
-
-    assert all((g == 0).all() for g in jax.tree.leaves(jax.grad(loss)(params)))
-
-
-def test_a_reset_model_has_new_parameters_and_old_statistics():
-    model = make_model()
-    model(RETAIN.images)
-    before, stats = model.params, model.batch_stats
-    model.reset_parameters()
-    once = model.params
-    model.reset_parameters()
-    for pair in ((before, once), (once, model.params)):
-        assert_differ(*pair)
-    assert model.batch_stats is stats
-    model.reset_running_stats()
-    assert_close(model.batch_stats, make_network(PLAIN_PROTOCOL, CLASSES).initialise(jax.random.key(0))[1], 0)
-
-
-def test_images_in_pytorchs_layout_are_refused():
-    with pytest.raises(UserError, match=r"images \[B, 32, 32, 3\], not \[9, 3, 32, 32\]: .*transpose"):
-        make_model()(RETAIN.images.transpose(0, 3, 1, 2))
-
-
-CONSTRUCTORS = {
-    "resnet20": "resnet20-cifar10-class0",
-    "vgg16_bn": "vgg16bn-cifar100-class0",
-    "mobilenet_v2": "mobilenetv2-fmnist-class0",
-}
-
-
-@pytest.mark.parametrize("name", CONSTRUCTORS)
-def test_a_constructor_makes_the_network_of_its_benchmark(name):
-    network = make_network(get_benchmark(CONSTRUCTORS[name]), CLASSES)
-    made = getattr(torch_style, name)(num_classes=CLASSES, seed=1)
-    params, batch_stats = jax.jit(network.initialise)(jax.random.key(1))
-    assert_close((made.params, made.batch_stats), (params, batch_stats), 0)
-    assert made.training
-    assert [p.shape for p in made.parameters()] == [p.shape for p in jax.tree.leaves(params)]
-    functions = made.network.apply_eval, jax.jit(network.apply_eval)
-    mine, theirs = (function.lower(params, batch_stats, RETAIN.images).as_text() for function in functions)
-    assert mine == theirs
-
-
-def test_a_constructors_model_computes_what_the_network_does_also_from_a_file(tmp_path):
-    network = make_network(get_benchmark("resnet20-cifar10-class0"), 10)
-    made = torch_style.resnet20(seed=1)
-    variables = {"params": made.params, "batch_stats": made.batch_stats}
-    np.savez(tmp_path / "weights.npz", **to_state_dict(variables))
-    model = torch_style.resnet20(weights=tmp_path / "weights.npz")
-    logits, stats = jax.jit(network.apply_train)(*variables.values(), RETAIN.images, jax.random.key(0))
-    assert_close(model(RETAIN.images), logits, 1e-5)
-    assert_close(model.batch_stats, stats, 1e-5)
-    expected = jax.jit(network.apply_eval)(made.params, stats, FORGET.images)
-    assert_close(model.eval()(FORGET.images), expected, 1e-5)
-    with pytest.raises(UserError, match="do not fit the model"):
-        torch_style.resnet20(weights=tmp_path / "weights.npz", num_classes=7)
 
 
 # What a step is given, and what it may do.
@@ -296,93 +189,110 @@ def test_arrays_on_self_are_carried_from_step_to_step():
     assert (jax.random.key_data(first.extra["key"][0]) != jax.random.key_data(second.extra["key"][0])).any()
 
 
-CLASS = """
-import copy
-import jax
-import jax.numpy as jnp
-import numpy as np
+# Gradients as values, the look at the data, and weights that a step writes itself.
 
-class Mine:
-    def __init__(self):
-        self.count = 0
-        self.average = jnp.zeros(())
-        self.history = []
 
-    def setup(self, model):
-        {setup}
+class Halves(UnlearningMethod):
+    """Cross-entropy on retain by the halves of a step; `clip` is the largest norm of the gradients."""
+
+    def __init__(self, clip: float = 0.0):
+        self.clip = clip
 
     def unlearn_step(self, model, retain_batch, forget_batch, optimizer, step, epoch):
         images, labels = retain_batch
-        {step}
-        return {{"loss": step}}
-"""
-KNOWN = "which is not known while the step is traced"
+        loss, gradients = optimizer.gradients(lambda: cross_entropy(model(images), labels))
+        if self.clip:
+            gradients, _ = optax.clip_by_global_norm(self.clip).update(gradients, None)
+        optimizer.update(gradients)
+        return {"loss": loss}
 
 
-def check_class(tmp_path, step="pass", setup="pass"):
-    """Checks a class with these lines, as `bench.py --method mine.py` does."""
-    (tmp_path / "mine.py").write_text(CLASS.format(step=step, setup=setup))
-    method = get_method(str(tmp_path / "mine.py"))
-    check_rule(method, method.factory(context()), context(), [(4, 4)])
+def direct_gradients(params, batch_stats, batch):
+    """Of the cross-entropy in train mode, as a tree like the parameters."""
+
+    def loss(params):
+        return cross_entropy(
+            context().apply_train(params, batch_stats, batch.images, jax.random.key(0))[0], batch.labels
+        )
+
+    return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize(
-    ("step", "message"),
-    [
-        ("return {'loss': images.sum().item()}", rf"line 18: .item.*{KNOWN}: .* return a metric as it is"),
-        ("return {'loss': float(images.sum())}", rf"line 18: .item.*{KNOWN}: .* return a metric as it is"),
-        ("scale = [1, 2][step]", rf"line 18: an index .*{KNOWN}: .* jnp array"),
-        ("for _ in range(step): pass", rf"line 18: an index .*{KNOWN}"),
-        ("scale = 1 if images.sum() > 0 else 2", rf"line 18: `if`.*{KNOWN}: write jnp.where or jax.lax.cond"),
-        ("while step < 3: pass", rf"line 18: `if`.*{KNOWN}: write jnp.where"),
-        ("scale = np.asarray(images).sum()", rf"line 18: NumPy .*{KNOWN}: write jnp in place of np"),
-        ("model(images).sum().backward()", r"line 18: .backward is PyTorch's: optimizer.step\(closure\) takes"),
-        ("optimizer.zero_grad()", r"line 18: .zero_grad is PyTorch's: optimizer.step\(closure\) takes"),
-        ("optimizer.param_groups[0]['lr'] = 1", "line 18: .param_groups is PyTorch's: the optimizer is the protocol's"),
-        ("model(images).detach()", "line 18: .detach is PyTorch's: write jax.lax.stop_gradient"),
-        ("model.requires_grad_(False)", "line 18: .requires_grad_ is PyTorch's: .* leave it out"),
-        ("model(images.transpose(0, 3, 1, 2))", r"line 18: a model takes images \[B, 32, 32, 3\], not \[4, 3,"),
-        ("loss = images.mean() * np.random.normal()", r"step draws with numpy.random, .* model.random_key\(\)"),
-        ("raise ValueError('first\\nsecond')", "line 18: ValueError: first second"),
-        ("optimizer.step(lambda: None)", "the closure returns NoneType: it must return the loss"),
-        ("optimizer.step(lambda: model(images))", "scalar-output functions"),
-        ("kept = []; optimizer.step(lambda: kept.append(model(images)) or kept[0].sum()); step = kept[0].sum()",
-         "a value made inside a closure .* is used outside it: return it"),
-        ("self.teacher = copy.deepcopy(model)", r"self.teacher holds an array that .*: create it in setup\(self, mo"),
-        ("self.history.append(step)", r"self.history holds an array that .*: create it in setup\(self, model\)"),
-        ("self.count = self.count + step", r"self.count holds an array that .*: create it in setup\(self, model\)"),
-        ("self.count += 1", r"self.count changes in a step, which is traced only once: only arrays that setup"),
-        ("self.last = epoch", r"self.last changes in a step, which is traced only once"),
-        ("self.average = 1.0", r"self.average changes in a step, which is traced only once"),
-        ("del self.average", r"self.average changes in a step, which is traced only once"),
-        ("self.average = images.mean(0)", r"self.average changes in a step from float32\[\] to float32\[32, 32, 3\]"),
-        ("return step", "it returns .*Tracer: it must return a dict with at least 'loss'"),
-        ("return {'loss': 'high'}", "Mine.unlearn_step: TypeError"),
-        ("return {'accuracy': step}", "metrics must be a dict with at least 'loss'"),
-        ("return {'loss': images}", "metric 'loss' is not a scalar"),
-        ("if epoch < 2: return {'loss': step, 'away': step}", r"epochs 0 and 2 differ in what they return: .*'away'"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_traced_is_refused_in_one_line(tmp_path, step, message):
-    with pytest.raises(UserError, match=f"^method 'mine'.*{message}") as caught:
-        check_class(tmp_path, step)
-    assert "\n" not in str(caught.value)
+def first_gradients(state):
+    """What Adam was given in its first step."""
+    return jax.tree.map(lambda mu: mu / (1 - PROTOCOL.adam_b1), optax.tree_utils.tree_get(state.opt_state, "mu"))
 
 
-def test_a_setup_may_draw_with_numpy(tmp_path):
-    check_class(tmp_path, setup="self.noise = jnp.asarray(np.random.default_rng(0).normal(size=3))")
+def test_the_halves_of_a_step_are_the_step():
+    rule, params, state = start(as_rule(Halves))
+    whole = get_method(str(FOLDER / "torch_retain_finetune.py")).factory(context())
+    mine, theirs = (jax.jit(rule.step)(params, state, RETAIN, FORGET) for rule in (rule, whole))
+    assert_close((mine[0], mine[1][:2]), (theirs[0], theirs[1][:2]), 1e-6)
+    assert_close(first_gradients(mine[1]), direct_gradients(params, state.batch_stats, RETAIN), 1e-5)
+    assert programs_of(as_rule(Halves)) == 1
 
 
-@pytest.mark.parametrize(
-    ("setup", "message"),
-    [
-        ("self.teacher = model", r"self.teacher is the model that learns: write copy.deepcopy\(model\)"),
-        ("self.models = {'teacher': [model.eval()]}", "self.models is the model that learns"),
-        ("model.reset_parameters()", "Mine.setup changes the model that learns: only a step can do that"),
-        ("assert model.params['linear']['bias'][0] == 0", "Mine.setup, line 14: `if`"),
-        ("self.count = 1 / 0", "Mine.setup, line 14: ZeroDivisionError"),
-    ],
-)
-def test_a_setup_that_cannot_be_is_refused_in_one_line(tmp_path, setup, message):
-    with pytest.raises(UserError, match=f"^method 'mine': {message}"):
-        check_class(tmp_path, setup=setup)
+def test_gradients_are_clipped_by_their_norm():
+    rule, params, state = start(as_rule(Halves), clip=0.01)
+    _, state, _ = jax.jit(rule.step)(params, state, RETAIN, FORGET)
+    whole, clipped = direct_gradients(params, state.batch_stats, RETAIN), first_gradients(state)
+    norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(whole)))
+    assert norm > 0.01
+    assert_close(clipped, jax.tree.map(lambda g: g * 0.01 / norm, whole), 1e-5)
+
+
+class Averaged(UnlearningMethod):
+    """The model that is left is the mean of all that were learned, the first included."""
+
+    def setup(self, model):
+        self.fast = model.state_dict()
+        self.count = jnp.ones(())
+
+    def unlearn_step(self, model, retain_batch, forget_batch, optimizer, step, epoch):
+        mean = model.state_dict()
+        model.load_state_dict(self.fast)
+        loss = optimizer.step(lambda: cross_entropy(model(retain_batch.images), retain_batch.labels))
+        self.fast, self.count = model.state_dict(), self.count + 1
+        model.load_state_dict({name: old + (self.fast[name] - old) / self.count for name, old in mean.items()})
+        return {"loss": loss}
+
+
+def test_a_step_may_leave_the_mean_of_weights():
+    rule, params, state = start(as_rule(Averaged))
+    step, plain = jax.jit(rule.step), jax.jit(get_method("retain_finetune").factory(context()).step)
+    expected, fast, adam = [(params, state.batch_stats)], params, state
+    for _ in range(2):
+        params, state, _ = step(params, state, RETAIN, FORGET)
+        fast, adam, _ = plain(fast, adam._replace(extra=()), RETAIN, FORGET)
+        expected.append((fast, adam.batch_stats))
+    mean = jax.tree.map(lambda *values: sum(values) / len(values), *expected)
+    assert_close((params, state.batch_stats), mean, 1e-5)
+
+
+class Looking(UnlearningMethod):
+    """Counts the labels before the first step, changes a weight there, and draws twice."""
+
+    def setup(self, model):
+        self.labels = jnp.zeros((2, CLASSES), jnp.int32)
+        self.drawn = jax.random.normal(model.random_key(), (2,))
+
+    def prepare(self, model, retain_set, forget_set, optimizer):
+        for row, batches in enumerate((retain_set, forget_set)):
+            for _, labels in batches:
+                self.labels = self.labels.at[row].add(jnp.bincount(labels, length=CLASSES))
+        self.drawn = self.drawn.at[1].set(jax.random.normal(model.random_key(), (2,))[0])
+        model.load_state_dict({"linear.bias": self.drawn[0] + jnp.arange(CLASSES)})
+
+    def unlearn_step(self, model, retain_batch, forget_batch, optimizer, step, epoch):
+        return {"loss": self.drawn.sum()}
+
+
+def test_a_class_looks_at_the_data_before_the_first_step():
+    protocol = dataclasses.replace(PROTOCOL, batch_size=8)
+    with jax.set_mesh(mesh_of()):
+        unlearning = make_unlearning(Method("mine", as_rule(Looking), {}, {}), protocol, mesh_of())
+        carry = jax.device_get(unlearning.start(*make_models(protocol, SEEDS, mesh_of()), seed_keys(SEEDS)))
+    np.testing.assert_array_equal(carry.extra["labels"][0], [[[0, 19, 19], [19, 0, 0]]] * 2)
+    drawn = carry.extra["drawn"][0]
+    assert len(set(drawn.ravel())) == 4  # by each seed, in setup and in prepare
+    np.testing.assert_allclose(carry.params["linear"]["bias"], drawn[:, :1] + np.arange(CLASSES))

@@ -28,6 +28,8 @@ class Context(NamedTuple):
     apply_train: Callable[..., tuple[jax.Array, PyTree]]  # (params, batch_stats, images, key) -> (logits, batch_stats)
     apply_eval: Callable[..., jax.Array]  # (params, batch_stats, images) -> logits
     initialise: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> fresh (params, batch_stats)
+    forward: Callable[..., Any]  # either mode, and features: see `jaxunlearn.models.network.Network`
+    layers: Callable[[], tuple[str, ...]]  # names of the layers with parameters, in the order in which they compute
     optimizer: optax.GradientTransformation
     num_classes: int
     forget_class: int

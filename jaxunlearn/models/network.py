@@ -4,12 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.models import build
 from jaxunlearn.models.initialisation import initial_variables
+from jaxunlearn.models.layers import BatchNorm, Linear
 
 PyTree = Any
 
@@ -24,6 +26,16 @@ class Network(NamedTuple):
     initialise: Callable[[jax.Array], tuple[PyTree, PyTree]]  # key -> (params, batch_stats)
     apply_train: Callable[..., tuple[jax.Array, PyTree]]  # (params, batch_stats, images, key) -> (logits, batch_stats)
     apply_eval: Callable[..., jax.Array]  # (params, batch_stats, images) -> logits
+    forward: Callable[..., "Forward"]  # (params, batch_stats, images, key, train, batch_norm) -> Forward
+    layers: Callable[[], tuple[str, ...]]  # names of the layers with parameters, in the order in which they compute
+
+
+class Forward(NamedTuple):
+    """What `Network.forward` returns, in train or eval mode; without `batch_norm` BatchNorm alone is in eval mode."""
+
+    logits: jax.Array
+    features: jax.Array  # f32[B, width]: what the last linear layer is given
+    batch_stats: PyTree
 
 
 def make_network(protocol: Protocol, num_classes: int) -> Network:
@@ -51,4 +63,31 @@ def make_network(protocol: Protocol, num_classes: int) -> Network:
         logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
         return logits
 
-    return Network(initialise, apply_train, apply_eval)
+    def forward(
+        params: PyTree, batch_stats: PyTree, images: jax.Array, key: jax.Array, train: bool, batch_norm: bool
+    ) -> Forward:
+        features = []
+
+        def watch(layer: Callable[..., Any], inputs: Any, options: Any, context: Any) -> Any:
+            if isinstance(context.module, Linear):
+                features.append(inputs[0])
+            if isinstance(context.module, BatchNorm):
+                inputs = (inputs[0], train and batch_norm)
+            return layer(*inputs, **options)
+
+        variables = {"params": params, "batch_stats": batch_stats}
+        with nn.intercept_methods(watch):
+            logits, after = model.apply(variables, images, train=train, mutable=["batch_stats"], rngs={"dropout": key})
+        return Forward(logits, features[-1], after["batch_stats"])
+
+    def layers() -> tuple[str, ...]:
+        names: list[str] = []
+
+        def trace() -> None:  # all of it inside: what leaves is sorted, and what is made outside joins a step's trace
+            variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+            names.extend(variables["params"])
+
+        jax.eval_shape(trace)
+        return tuple(names)
+
+    return Network(initialise, apply_train, apply_eval, forward, layers)

@@ -23,7 +23,7 @@ from jaxunlearn.models.weight_files import read_weights
 
 Shapes = Mapping[str, tuple[int, ...]]  # by state_dict key
 
-_TORCH_NAME = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+TORCH_NAME = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _PREFIXES = ("module.", "_orig_mod.")
 _OTHER_NAMES = ((re.compile(r"^fc\."), "linear."), (re.compile(r"\.downsample\."), ".shortcut."))
 
@@ -148,7 +148,7 @@ def _classifier(shapes: Shapes) -> str:
 
 def _key(path: tuple[Any, ...]) -> str:
     _, module, name = (entry.key for entry in path)
-    return f"{module}.{_TORCH_NAME[name]}"
+    return f"{module}.{TORCH_NAME[name]}"
 
 
 def _torch_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

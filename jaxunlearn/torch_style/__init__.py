@@ -6,7 +6,9 @@ class is a rule file: `bench.py --method FILE.py`. What is not as in PyTorch is 
 - `optimizer.step(closure)` takes the gradient itself: no `zero_grad`, no `backward`.
 - Values are known only when the compiled step runs: `jnp.where` in place of `if`, metrics without `.item()`. Only
   `epoch` is an int.
-- What is on `self` after `setup` is all there is: teachers are made there.
+- What is on `self` after `setup` is all there is: teachers are made there, and what depends on the data is filled in
+  `prepare`.
+- Arrays never change: parameters and gradients are read by name, and replaced.
 """
 
 from jaxunlearn.torch_style.interface import Optimizer, UnlearningMethod

@@ -49,7 +49,7 @@ def first_attributes(method: Any, model: Model) -> Attributes:
 
 
 def next_arrays(method: Any, before: Attributes) -> dict[str, list[jax.Array]]:
-    """The arrays that a step has left. Raises UserError where anything else has changed."""
+    """The arrays that a step, or `prepare`, has left. Raises UserError where anything else has changed."""
     after, rest = {}, {}
     for name, value in vars(method).items():
         after[name], rest[name] = split(value)
@@ -57,8 +57,8 @@ def next_arrays(method: Any, before: Attributes) -> dict[str, list[jax.Array]]:
         here = f"self.{name}"
         old, new = before.arrays.get(name, []), after.get(name, [])
         if len(new) > len(old):
-            advice = f"create it in setup(self, model), such as {here} = jnp.zeros(())"
-            raise UserError(f"{here} holds an array that was not there before the step: {advice}")
+            advice = f"create it in setup(self, model), such as {here} = {_example(vars(method)[name])}"
+            raise UserError(f"{here} holds an array that was not there before the first step: {advice}")
         if len(new) < len(old) or name not in before.rest or not _same(before.rest[name], rest[name]):
             advice = "only arrays that setup(self, model) has made can change, such as jnp.zeros(())"
             raise UserError(f"{here} changes in a step, which is traced only once: {advice}")
@@ -67,6 +67,15 @@ def next_arrays(method: Any, before: Attributes) -> dict[str, list[jax.Array]]:
                 forms = " to ".join(f"{array.dtype}{list(array.shape)}" for array in (first, second))
                 raise UserError(f"{here} changes in a step from {forms}: keep its shape and dtype")
     return after
+
+
+def _example(value: Any) -> str:
+    """What `setup` could make, where a step has made `value`."""
+    if any(isinstance(part, Model) for part in jax.tree.leaves(value, is_leaf=lambda part: isinstance(part, Model))):
+        return "copy.deepcopy(model).eval()"
+    if isinstance(value, jax.Array):
+        return f"jnp.zeros({value.shape}, '{value.dtype}')"
+    return "{name: jnp.zeros_like(p) for name, p in model.named_parameters()}"
 
 
 def _same(old: Rest, new: Rest) -> bool:

@@ -18,7 +18,7 @@ from jaxunlearn.errors import UserError
 
 ESCAPED = (
     "a value made inside a closure (or inside lax.cond, jax.grad, ...) is used outside it: "
-    "return it from there, as in `loss, logits = optimizer.step(closure)`"
+    "return it from there, as in `loss, logits = optimizer.step(closure)`; inside jax.grad a model is in eval mode"
 )
 MOST_PROGRAMS = 4  # without a warning
 

@@ -1,14 +1,15 @@
 """What a method of the PyTorch harness is and is given: the class, its step, the optimizer."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import optax
 
 from jaxunlearn.data.batches import Batch
+from jaxunlearn.errors import UserError
 from jaxunlearn.torch_style.attributes import join, split
-from jaxunlearn.torch_style.models import Model
+from jaxunlearn.torch_style.models import Model, replaced
 
 PyTree = Any
 
@@ -27,6 +28,12 @@ class Optimizer:
 
         The closure may return a tuple that begins with the loss. Returns what it returned, as of before the update.
         """
+        result, gradients = self.gradients(closure)
+        self.update(gradients)
+        return result
+
+    def gradients(self, closure: Callable[[], Any]) -> tuple[Any, dict[str, jax.Array]]:
+        """The first half of `step`: (what `closure()` returned, the gradients of the parameters by name)."""
         rest: Any = None
 
         def objective(params: PyTree) -> tuple[jax.Array, Any]:
@@ -44,9 +51,19 @@ class Optimizer:
         (_, (result, arrays)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
         for owner, attributes in zip(self._owners, join(arrays, rest), strict=True):
             vars(owner).update(attributes)
-        updates, self.state = self._adam.update(gradients, self.state, params)
+        self._model.params = params
+        return result, self._model.named(gradients)
+
+    def update(self, gradients: Mapping[str, jax.Array]) -> None:
+        """The second half of `step`: one update of the model against `gradients`, one for each name.
+
+        Raises UserError for a name that is missing or none of a parameter's, and an array of another shape.
+        """
+        params = self._model.params
+        if wrong := sorted(gradients.keys() ^ self._model.named(params).keys()):
+            raise UserError(f"optimizer.update(gradients) takes one gradient for each parameter: see '{wrong[0]}'")
+        updates, self.state = self._adam.update(replaced(params, gradients), self.state, params)
         self._model.params = optax.apply_updates(params, updates)
-        return result
 
 
 class UnlearningMethod:
@@ -55,7 +72,13 @@ class UnlearningMethod:
     The arguments of `__init__`, all with defaults, are the hyperparameters: `--set NAME.KEY=VALUE`. The JAX arrays
     that are on `self` after `setup`, those of models included, are carried from step to step, and a step may replace
     them by others of the same shape. Nothing else on `self` may change in a step.
+
+    A class may also have a `prepare(self, model, retain_set, forget_set, optimizer)`, which looks at the data before
+    the first step. A set is iterated for its batches, not augmented and in file order, as often as wanted. It runs once
+    for each seed and is not traced; like a step it may change the model and the arrays on `self`.
     """
+
+    prepare: ClassVar[Callable[..., None] | None] = None
 
     def setup(self, model: Model) -> None:
         """Runs once, before the first step, for what is kept: `self.teacher = copy.deepcopy(model).eval()`."""
