@@ -89,7 +89,7 @@ def run(
       UserError: something is wrong with the arguments, or results cannot be written; its message is one line.
       KeyboardInterrupt: the run was interrupted.
     """
-    from jaxunlearn.devices.configuration import request_devices, restored
+    from jaxunlearn.devices.configuration import request_devices, restored, within_memory
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
     from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, settled
@@ -102,7 +102,8 @@ def run(
     fields = settings.pop("protocol", {}) | {name: _text(value) for name, value in protocol.items()}
     made = make_protocol(str(bench), {}, fields, weights)
     chosen = parse_seeds(str(seeds) if isinstance(seeds, int | str) else ",".join(map(str, seeds)))
-    with restored("jax_cpu_enable_async_dispatch"):  # which a CPU reads once, when it is first used
+    # The setting is one that a CPU reads once, when it is first used.
+    with restored("jax_cpu_enable_async_dispatch"), within_memory():
         request_devices(devices, deterministic)
         request = Request(
             bench=bench,
@@ -115,6 +116,7 @@ def run(
             init_weights=weights,
             export_weights=_path("export_weights", export_weights),
             devices=devices,
+            deterministic=deterministic,
             save_every=save_every,
             attempts=attempts,
             force=force,

@@ -1,11 +1,17 @@
-"""Where files go: written whole, in folders that are known early to be writable, and the cache folder."""
+"""Where files go: written whole, in folders that are known early to be writable and lockable, and the cache folder."""
 
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from jaxunlearn.errors import UserError
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say that have none
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -28,15 +34,57 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxunlearn"
 
 
+def make_lock(path: Path) -> BaseFileLock:
+    """A lock on the file `path` that the system takes back when the process ends, however that ends.
+
+    Without that filelock would make do with a file that is there while the lock is held, and stays after a kill.
+    """
+    return FileLock(path, fallback_to_soft=False)
+
+
+def acquire(lock: BaseFileLock, seconds: float, remedy: str) -> bool:
+    """Whether `lock` is held now, for which it waits so long, -1 being for ever. Makes its folder as needed.
+
+    Raises UserError, which ends in `remedy`, where the folder's files cannot be locked.
+    """
+    folder = Path(lock.lock_file).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    except OSError as error:
+        without = error.errno in WITHOUT_LOCKS
+        what = "is on a file system without locks" if without else f"cannot be locked ({os.strerror(error.errno or 0)})"
+        raise UserError(f"{folder} {what}: {remedy}") from None
+    return True
+
+
 def check_writable(folder: Path) -> None:
     """Raises UserError where files cannot be made in `folder`, existing or not. Leaves nothing behind."""
+    with _trial(folder):
+        pass
+
+
+def check_lockable(folder: Path, remedy: str) -> None:
+    """Raises UserError as `acquire` does where files in `folder`, existing or not, cannot be locked. Leaves nothing."""
+    with _trial(folder) as inside:
+        lock = make_lock(inside / "lock")
+        acquire(lock, 0, remedy)
+        lock.release()
+
+
+@contextmanager
+def _trial(folder: Path) -> Iterator[Path]:
+    """A new folder, gone afterwards, where `folder` is or would be. Raises UserError where it cannot be made."""
     try:
         # A link to nowhere exists too: no folder can be made in its place.
         ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if exists(path))
-        with tempfile.TemporaryDirectory(dir=ancestor):
-            pass
+        made = tempfile.TemporaryDirectory(dir=ancestor)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {os.strerror(error.errno or 0)}; choose another folder") from None
+    with made as name:
+        yield Path(name)
 
 
 def exists(path: Path) -> bool:

@@ -22,7 +22,14 @@ import numpy as np
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images
 from jaxunlearn.devices.ceilings import copy_rate, matmul_rate
-from jaxunlearn.devices.configuration import computing, default_precision, programs_kept, request_devices, restored
+from jaxunlearn.devices.configuration import (
+    computing,
+    default_precision,
+    programs_kept,
+    request_devices,
+    restored,
+    within_memory,
+)
 from jaxunlearn.devices.sharding import make_mesh, place_shared
 from jaxunlearn.errors import UserError
 from jaxunlearn.models import build
@@ -59,7 +66,8 @@ def synthetic(protocol: Protocol, num_classes: int, count: int) -> tuple[np.ndar
 def side(connection: Connection, serve: Callable[..., None], *arguments: Any) -> None:
     """`serve(connection, *arguments)`, a UserError of which goes to the other end."""
     try:
-        serve(connection, *arguments)
+        with within_memory():
+            serve(connection, *arguments)
     except UserError as error:
         connection.send(error)
 

@@ -12,6 +12,7 @@ import pytest
 from tiny import PLAIN, TINY, Tiny
 
 from jaxunlearn.models import MODELS
+from jaxunlearn.ops import native
 
 # XLA has as many threads as devices or cores; where all of them wait for each other inside a collective, a step that
 # needs one more never ends (seen with four devices on one core).
@@ -22,6 +23,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 def pytest_collection_modifyitems(items):
     if jax.default_backend() == "cpu":
+        native.library()  # from the user's cache folder, or the first test would compile it into its own
         return
     jax.config.update("jax_default_matmul_precision", "highest")  # float32, as the comparisons mean it
     for item in items:

@@ -9,6 +9,7 @@ from orbax.checkpoint import PyTreeCheckpointer
 from tiny_bench import NAME
 
 from jaxunlearn.evaluation.metrics import METRICS
+from jaxunlearn.files import default_cache
 from jaxunlearn.training.checkpoints import Entry
 
 METHODS = ("scrub",)
@@ -16,14 +17,24 @@ STEPS = 320 // 16  # an epoch of pretraining; of unlearning 18
 SETUPS = {"two seeds": ("--seeds", "1,2", "--devices", "1"), "two devices": ("--seeds", "3", "--devices", "2")}
 
 
+COMPILED = ("xla", "kernels")  # what of a cache folder is of programs
+
+
+def share_compiled(cache, programs):
+    """Makes a cache folder whose programs are in `programs`, and whose kernels are those of the tests themselves."""
+    cache.mkdir(parents=True, exist_ok=True)
+    (default_cache() / "kernels").mkdir(parents=True, exist_ok=True)
+    for name, target in zip(COMPILED, (programs, default_cache() / "kernels"), strict=True):
+        if not (cache / name).exists():
+            (cache / name).symlink_to(target)
+
+
 class Job:
     """The tiny benchmark in a folder of its own; compiled programs are shared."""
 
     def __init__(self, folder, compiled, setup, *arguments):
         self.folder = folder
-        (folder / "cache").mkdir(parents=True, exist_ok=True)
-        if not (folder / "cache" / "xla").exists():
-            (folder / "cache" / "xla").symlink_to(compiled)
+        share_compiled(folder / "cache", compiled)
         where = ("--cache-dir", "cache", "--export-weights", "weights", "--save-every", "0")
         self.command = [sys.executable, str(Path(__file__).parent / "tiny_bench.py"), "--bench", NAME, *where]
         self.command += ["--method", *METHODS, *SETUPS[setup], *arguments]

@@ -17,6 +17,7 @@ import numpy as np
 import pandas
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jobs import share_compiled
 from test_bench import BENCH, TINY, bench
 
 import jaxunlearn
@@ -27,6 +28,7 @@ from jaxunlearn.commands.parser import Parser
 from jaxunlearn.devices import configuration
 from jaxunlearn.evaluation.metrics import METRICS
 from jaxunlearn.methods.rule import cross_entropy, loss_rule
+from jaxunlearn.runs import preparation
 from jaxunlearn.torch_style import UnlearningMethod
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -225,6 +227,15 @@ def test_a_machine_with_a_gpu_that_jax_does_not_use_is_told(run, monkeypatch):
         jax.config.update("jax_platforms", platforms)
 
 
+def test_too_little_memory_is_one_line(run, monkeypatch):
+    def prepare(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+    monkeypatch.setattr(preparation, "prepare", prepare)
+    with pytest.raises(UserError, match=r"^out of device memory: take fewer seeds together or a smaller batch$"):
+        run()
+
+
 def test_importing_the_package_loads_nothing_slow():
     code = "import sys, jaxunlearn, jaxunlearn.commands.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -254,7 +265,8 @@ NOTEBOOK = """
 """
 
 
-def test_ctrl_c_ends_the_run_and_not_the_kernel(tmp_path):
+def test_ctrl_c_ends_the_run_and_not_the_kernel(tmp_path, tmp_path_factory):
+    share_compiled(tmp_path / "cache", tmp_path_factory.mktemp("xla"))
     code = textwrap.dedent(NOTEBOOK).format(tests=str(Path(__file__).parent))
     inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=inherited) as kernel:

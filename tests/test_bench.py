@@ -1,9 +1,12 @@
 """The command line, as its users meet it: what it prints, what it returns, what it leaves behind."""
 
 import dataclasses
+import errno
+import fcntl
 import gzip
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -14,6 +17,9 @@ from tiny import PROTOCOL
 
 from jaxunlearn import benchmarks
 from jaxunlearn.commands.main import main
+from jaxunlearn.devices import configuration
+from jaxunlearn.ops import native
+from jaxunlearn.runs import preparation
 from jaxunlearn.torch_style import baselines
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
@@ -203,6 +209,41 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(bench, tmp_path, argu
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
     ignored = {path for path in tmp_path.rglob("*") if "__pycache__" in path.parts}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path not in ignored} == before
+
+
+def test_compiled_kernels_are_kept_in_the_cache_folder(bench, monkeypatch):
+    seen = []
+    monkeypatch.setattr(native, "keep_in", seen.append)
+    assert bench("--bench", BENCH, "--devices", "99")[0] == 2
+    assert seen == [Path("cache")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_cache_without_locks_is_one_line_before_anything_is_done(bench, tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    status, out, err = bench("--bench", BENCH, "--method", "scrub", "--devices", "1")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and err.endswith("without locks: choose another --cache-dir\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_too_little_memory_is_one_line(bench, monkeypatch, platform):
+    def prepare(request, reporter):
+        assert request.deterministic
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.\nmore")
+
+    monkeypatch.setenv("XLA_FLAGS", configuration.DETERMINISTIC)
+    monkeypatch.delenv(configuration.FRACTION, raising=False)
+    monkeypatch.setattr(preparation, "prepare", prepare)
+    status, out, err = bench("--bench", BENCH, "--deterministic")
+    more = ", or another fraction of the device for JAX (XLA_PYTHON_CLIENT_MEM_FRACTION, now .75)"
+    remedy = f"take fewer seeds together or a smaller batch{more if platform == 'gpu' else ''}"
+    assert (status, out, err) == (2, "", f"error: out of device memory: {remedy}\n")
 
 
 def test_exported_weights_are_where_a_run_starts(bench, tmp_path):

@@ -1,6 +1,9 @@
 """The cache of models: what a key depends on, round trips, damage, what a group of seeds goes on from."""
 
 import dataclasses
+import errno
+import fcntl
+import os
 import shutil
 
 import jax
@@ -10,6 +13,7 @@ import pytest
 from orbax.checkpoint import Checkpointer
 
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, get_benchmark
+from jaxunlearn.errors import UserError
 from jaxunlearn.registry import get_method
 from jaxunlearn.training import checkpoints
 from jaxunlearn.training.checkpoints import (
@@ -250,6 +254,16 @@ def test_locks_are_held_and_released(tmp_path):
         pass
     with locked([entry(tmp_path, seed=1)]):
         assert len(list((tmp_path / "locks").iterdir())) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_cache_without_locks_is_refused_in_a_line(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(UserError, match=r"without locks: choose another --cache-dir$"), locked([entry(tmp_path)]):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """Files are written whole, and folders that cannot be written are known early."""
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
 
 from jaxunlearn.errors import UserError
-from jaxunlearn.files import check_writable, write_atomically
+from jaxunlearn.files import acquire, check_lockable, check_writable, make_lock, write_atomically
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -29,3 +33,43 @@ def test_check_writable_leaves_nothing(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot write"):
             check_writable(folder)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_a_line_and_no_file_is_taken_for_a_lock(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a is on a file system without locks: choose another$"):
+        acquire(make_lock(tmp_path / "a" / "lock"), 0, "choose another")
+    with pytest.raises(UserError, match=r"without locks: choose another$"):
+        check_lockable(tmp_path / "b", "choose another")
+    monkeypatch.undo()
+    assert acquire(make_lock(tmp_path / "a" / "lock"), 0, "choose another")  # nothing of before stands in the way
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_that_cannot_be_locked_for_another_reason_is_a_line_too(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/locks cannot be locked \(Not a directory\): choose another$"):
+        acquire(make_lock(tmp_path / "file" / "locks" / "lock"), 0, "choose another")
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    own = make_lock(tmp_path / "lock")
+    code = f"""
+import pathlib
+from jaxunlearn.files import make_lock
+lock = make_lock(pathlib.Path({str(tmp_path / "lock")!r}))
+lock.acquire()
+print(flush=True)
+input()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.readline()
+        assert not acquire(own, 0, "")
+        process.kill()
+    assert acquire(own, 0, "")
+    own.release()

@@ -1,7 +1,10 @@
 """The check of a GPU: its lists, its schedule, and all of it at tiny size on a CPU."""
 
+import errno
+import fcntl
 import importlib.util
 import json
+import os
 import sys
 import threading
 import time
@@ -147,6 +150,17 @@ def test_one_arm_has_the_turn(monkeypatch, tmp_path, capsys):
     first._lock.release()
     waiting.join()
     assert capsys.readouterr().out == "measuring\n" and second.waited_s >= 0.2
+
+
+def test_a_turn_needs_locks(monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    measuring = pytest.importorskip("jaxunlearn.gpu_check.measuring")
+    monkeypatch.setenv(schedule.TURN, str(tmp_path / "turn"))
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(UserError, match=r"without locks: choose another TMPDIR$"):
+        measuring.Turn().take()
 
 
 def test_the_table_is_short_and_says_what_is_decided(capsys):

@@ -3,9 +3,12 @@
 That their values and gradients are right is in test_layers.py, which runs every layer in both forms.
 """
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -101,29 +104,134 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 @needs_compiler
 @pytest.mark.parametrize("content", [b"", b"no library"])
 def test_a_damaged_library_is_compiled_anew(tmp_path, content):
-    sound = start(XDG_CACHE_HOME=str(tmp_path))
-    (library,) = tmp_path.rglob("*.so")
-    whole = library.read_bytes()
+    library = tmp_path / "jaxunlearn" / "kernels" / f"{native.library()}.so"
+    library.parent.mkdir(parents=True)
     library.write_bytes(content)
+    sound = start()
     assert start(XDG_CACHE_HOME=str(tmp_path)) == sound and sound[0]
-    assert library.read_bytes()[:4] == whole[:4] == b"\x7fELF"
+    assert library.read_bytes()[:4] == b"\x7fELF"
 
 
 @needs_compiler
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path):
     (tmp_path / "file").touch()
-    assert start(XDG_CACHE_HOME=str(tmp_path / "file")) == start()
+    *same, err = start(XDG_CACHE_HOME=str(tmp_path / "file"))
+    reason = f"{tmp_path}/file/jaxunlearn/kernels: Not a directory"
+    assert err == f"the CPU kernels are compiled at every start ({reason}): choose another XDG_CACHE_HOME\n"
+    assert (*same, "") == start()
 
 
 def test_without_a_compiler_xla_does_all_and_a_line_says_so(tmp_path):
-    found, _, err = start(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+    found, _, err = start(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path), CXX="")
     assert not found
     assert err == "slower than it could be: the CPU kernels need a C++20 compiler, such as g++ (none found)\n"
 
 
+def write_compiler(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return [str(path)]
+
+
 def test_what_the_compiler_says_is_passed_on(tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'In file included from here:\nx.h:1: error: too old' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    found, _, err = start(XDG_CACHE_HOME=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert not found and err.count("\n") == 1 and err.endswith("(x.h:1: error: too old)\n")
+    write_compiler(tmp_path / "c++", "echo 'In file included from here:\nx.h:1: error: too old' >&2\nexit 1")
+    found, _, err = start(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path), CXX="")
+    assert not found and err.count("\n") == 1 and err.endswith("(c++: x.h:1: error: too old)\n")
+
+
+def test_compilers_are_tried_until_one_works(tmp_path):
+    old = write_compiler(tmp_path / "old", """echo "old: error: unrecognized option '-std=c++20'" >&2; exit 1""")
+    broken = write_compiler(tmp_path / "broken", "exit 1")
+    absent = [str(tmp_path / "absent")]
+    # The last word of a command is where the result goes.
+    good = write_compiler(tmp_path / "good", 'for out; do :; done; echo "$*" > "$out"')
+    native._compile([absent, old, broken, [*good, "-m64"], old], [], tmp_path / "out")
+    assert (tmp_path / "out").read_text().startswith("-m64 -O3 ")
+    reasons = f"{absent[0]}: No such file or directory; {old[0]}: too old for C\\+\\+20; {broken[0]}: it failed"
+    with pytest.raises(OSError, match=rf"need a C\+\+20 compiler, such as g\+\+ \({reasons}\)$"):
+        native._compile([absent, old, broken], [], tmp_path / "out")
+
+
+@pytest.mark.parametrize("said", ["No space left on device", "Disk quota exceeded"])
+def test_a_full_folder_for_temporary_files_is_no_fault_of_the_compiler(tmp_path, said):
+    full = write_compiler(tmp_path / "c++", f"echo 'as: error: x.o: {said}' >&2; exit 1")
+    with pytest.raises(OSError, match=rf"cannot be compiled \(.*: {said}\): choose another TMPDIR$"):
+        native._compile([full], [], tmp_path / "out")
+
+
+def test_compilers_are_the_users_own_then_what_there_is(tmp_path, monkeypatch):
+    for name in ("g++-9", "g++-12", "clang++-16", "g++", "clang++", "g++-mine"):
+        write_compiler(tmp_path / name, "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    there = [[name] for name in ("g++", "clang++", "clang++-16", "g++-12", "g++-9")]
+    assert native._compilers() == there
+    monkeypatch.setenv("CXX", "ccache 'my g++'")
+    assert native._compilers() == [["ccache", "my g++"], *there]
+    monkeypatch.setenv("CXX", "'g++")
+    assert native._compilers()[0] == ["'g++"]
+    monkeypatch.setenv("CXX", "g++-9")
+    assert native._compilers() == [["g++-9"], *(command for command in there if command != ["g++-9"])]
+
+
+@pytest.fixture
+def noexec(monkeypatch, tmp_path):
+    """No compiler is called; a library is loaded as its path, but from no folder below those in the list."""
+    folders = [tmp_path]
+
+    def load(path):
+        if any(path.startswith(str(folder)) for folder in folders):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return path
+
+    def mounted(path):
+        return SimpleNamespace(f_flag=os.ST_NOEXEC)
+
+    monkeypatch.setattr(native, "_compile", lambda compilers, sources, out: out.write_bytes(b"a library"))
+    monkeypatch.setattr(native, "_cache_dir", tmp_path)
+    monkeypatch.setattr(native.ctypes, "CDLL", load)
+    monkeypatch.setattr(os, "statvfs", mounted)
+    return folders
+
+
+def test_a_cache_mounted_noexec_costs_only_time(noexec, tmp_path, capsys):
+    loaded = native._compile_and_load([], [], tmp_path / "kernels" / "x.so")
+    assert loaded.endswith("kernels.so") and not loaded.startswith(str(tmp_path))
+    reason = f"{tmp_path}/kernels: mounted noexec"
+    assert capsys.readouterr().err == (
+        f"the CPU kernels are compiled at every start ({reason}): choose another --cache-dir\n"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])
+def test_a_full_cache_costs_only_time(noexec, tmp_path, monkeypatch, capsys, number):
+    def full(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert native._compile_and_load([], [], tmp_path / "kernels" / "x.so").endswith("kernels.so")
+    assert f"({tmp_path}/kernels: {os.strerror(number)}): choose another --cache-dir" in capsys.readouterr().err
+    assert not os.listdir(tmp_path / "kernels")
+
+
+def test_where_nothing_may_be_executed_xla_does_all_and_a_line_says_so(noexec, tmp_path, capsys):
+    noexec.append(tempfile.gettempdir())
+    assert native.library.__wrapped__() is None
+    reasons = f"{tmp_path}/kernels: mounted noexec; {tempfile.gettempdir()}: mounted noexec"
+    assert capsys.readouterr().err == (
+        f"slower than it could be: the CPU kernels cannot be loaded ({reasons}): choose another --cache-dir\n"
+    )
+
+
+def test_the_library_is_kept_below_the_cache_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native, "_cache_dir", None)
+    seen = []
+
+    def compile_and_load(compilers, sources, path):
+        seen.append(path)
+        raise OSError("enough")
+
+    monkeypatch.setattr(native, "_compile_and_load", compile_and_load)
+    native.keep_in(tmp_path)
+    native.library.__wrapped__()
+    assert seen[0].parent == tmp_path / "kernels"

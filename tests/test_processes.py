@@ -1,5 +1,6 @@
 """One run in two processes on this machine, each with a folder of its own: nothing but the network is shared."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -9,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from jobs import Job
+from jobs import COMPILED, Job
 from safetensors.numpy import load_file
 from tiny_bench import DIGITS, NAME, NAME_X64
 
 from jaxunlearn.devices import processes
 from jaxunlearn.errors import UserError
+from jaxunlearn.registry import get_method
+from jaxunlearn.runs.request import Request
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
@@ -83,7 +86,7 @@ def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, 
     out = pair.finish()
     assert len(out.splitlines()) == 2 and all(line.startswith('{"bench"') for line in out.splitlines())
     assert pair.jobs[0].outcome() == alone  # to the bit: seeds do not feel each other
-    assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", "xla"}  # which the tests have made
+    assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", *COMPILED}  # which the tests have made
 
 
 def test_two_processes_share_the_batch(tmp_path, compiled):
@@ -171,6 +174,75 @@ def test_wrong_arguments_are_refused(coordinator, count, index, message):
         processes.join(coordinator, count, index)
 
 
+SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_PROCID": "6", "SLURM_NODEID": "1"}
+SLURM |= {"SLURM_LOCALID": "2", "SLURM_STEP_NODELIST": "node[1-2]"}
+A_NODE_EACH = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_NODEID": "6", "SLURM_LOCALID": "0"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_RANK": "3"}
+OPEN_MPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+def clear_launchers(monkeypatch):
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "shown", "own"),
+    [
+        (A_NODE_EACH, "0,1,2,3", [0, 1, 2, 3]),  # alone on its node
+        (SLURM, "0,1,2,3", [2]),  # as many tasks as GPUs
+        (SLURM, "0,1,2,3,4,5,6,7", [4, 5]),
+        (SLURM, "2", [0]),  # bound to one, whose number is 0 to whoever sees only that
+        (SLURM, "GPU-5ebe9f43", [0]),
+        (SLURM | {"SLURM_GPUS_PER_TASK": "a100:4"}, "0,1,2,3", [0, 1, 2, 3]),  # bound to several
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "6,2", "SLURM_LOCALID": "1"}, "0,1", [1]),
+        (SLURM, None, [2]),  # the machine has four
+        (SLURM, "", None),
+        (SLURM, "NoDevFiles", None),
+        (SLURM, "0,-1,1", [0]),  # CUDA reads as far as it understands
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "3"}, "0,1,2,3", None),  # told by the user
+        (OPEN_MPI, "0,1", [1]),
+        (OPEN_MPI, "0", [0]),
+        (OPEN_MPI, "0,1,2,3", [2, 3]),
+        ({}, "0,1", [0, 1]),  # by hand
+        ({"SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, "0,1", [0, 1]),  # by hand in a batch script
+    ],
+)
+def test_a_process_computes_on_its_own_gpus(variables, shown, own):
+    environment = variables if shown is None else variables | {"CUDA_VISIBLE_DEVICES": shown}
+    assert processes.own_gpus(environment, 4) == own
+
+
+def test_gpus_that_cannot_be_divided_are_refused():
+    with pytest.raises(UserError, match=r"^4 processes on this node .* the 3 GPUs .*: start one .* on a node, or 3$"):
+        processes.own_gpus(SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, 4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "given", "said"),
+    [
+        (SLURM, (None, None, None), "waiting for all 8 processes that Slurm started on node[1-2]; this is number 6"),
+        (OPEN_MPI, (None, None, None), "waiting for all 4 processes that Open MPI started; this is number 3"),
+        ({}, ("a:1", 2, 0), "waiting for all 2 processes of this run to meet at a:1; this is number 0"),
+        (SLURM, ("a:1", 2, 0), "waiting for all 2 processes of this run to meet at a:1; this is number 0"),
+    ],
+)
+def test_a_process_says_for_whom_it_waits_and_takes_its_gpus(monkeypatch, capsys, variables, given, said):
+    clear_launchers(monkeypatch)
+    for name, value in (variables | {"CUDA_VISIBLE_DEVICES": "7"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_on_nvidia", lambda: True)
+    seen = []
+
+    def initialize(*arguments, local_device_ids, **options):
+        seen.append((arguments, local_device_ids, capsys.readouterr().err))
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert processes.join(*given)
+    assert seen == [(given, [0], f"{said}\n")]
+
+
 @pytest.mark.parametrize(
     ("variables", "joins"),
     [
@@ -182,8 +254,7 @@ def test_wrong_arguments_are_refused(coordinator, count, index, message):
     ],
 )
 def test_a_launcher_of_several_processes_is_recognised(monkeypatch, variables, joins):
-    for name in processes.LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
+    clear_launchers(monkeypatch)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     calls = []
@@ -199,6 +270,12 @@ def test_a_launcher_of_several_processes_is_recognised(monkeypatch, variables, j
     else:
         processes.join(None, None, None)
     assert calls == [(None, None, None)] * joins
+
+
+def test_whether_bits_are_to_be_the_same_is_what_processes_compare(tmp_path):
+    request = Request(NAME, DIGITS, [get_method("scrub")], [1], tmp_path, tmp_path)
+    assert dataclasses.replace(request, deterministic=True).settings != request.settings
+    assert dataclasses.replace(request, force=True).settings == request.settings
 
 
 def test_a_process_alone_agrees_with_itself():

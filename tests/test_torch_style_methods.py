@@ -12,7 +12,7 @@ from tiny import assert_close, make_batch
 
 from jaxunlearn.methods.rule import cross_entropy
 from jaxunlearn.registry import get_method
-from jaxunlearn.training.unlearning import check_rule
+from jaxunlearn.training.checking import check_rule
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 FOLDER = Path(__file__).parent / "torch_style_methods"

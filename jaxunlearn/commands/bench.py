@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     """What the arguments ask for. Raises UserError."""
     # Here, because JAX takes a second to import and `--help` should not.
     from jaxunlearn import registry
-    from jaxunlearn.devices.configuration import request_devices
+    from jaxunlearn.devices.configuration import request_devices, within_memory
     from jaxunlearn.devices.processes import join, keep_stdout_for_results, watched
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     if join(args.coordinator, args.num_processes, args.process_id):
         keep_stdout_for_results()
     request_devices(args.devices, args.deterministic)
-    with watched():
+    with watched(), within_memory():
         request = Request(
             bench=args.bench,
             protocol=settled(protocol, changes),
@@ -174,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
             init_weights=args.init_weights,
             export_weights=args.export_weights,
             devices=args.devices,
+            deterministic=args.deterministic,
             save_every=args.save_every,
             attempts=args.attempts,
             force=args.force,

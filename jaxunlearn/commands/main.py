@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jaxunlearn.commands import bench, gpu_check, parity, speed
 from jaxunlearn.commands.parser import Parser, exit_status, take_command
 from jaxunlearn.devices.memory import plainly_started, restart_with_memory_kept
+from jaxunlearn.training.stopping import SIGNALS
 from jaxunlearn.version import __version__
 
 COMMANDS = {"bench": bench, "speed": speed, "parity": parity, "gpu-check": gpu_check}
@@ -32,9 +33,13 @@ def start(name: str | None = None) -> None:
     """Runs the command, or the script of a subcommand, and ends the process with its status."""
     if plainly_started():  # else it is somebody's notebook, debugger or test
         restart_with_memory_kept()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What is ignored stays so, as SIGHUP under nohup.
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
     try:
         status = main() if name is None else script(name)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(status)

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +14,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxunlearn.errors import UserError
 
 MOST_DEVICES = 256  # of one machine: XLA starts as many threads as it is told to, and dies of too many
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory, that JAX takes
+# In errors of no class of their own: XLA's, CUDA's, and those of cuDNN and cuBLAS.
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out.of.memory|ALLOC_FAILED", re.IGNORECASE)
 DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
@@ -77,6 +81,20 @@ def programs_kept(cache_dir: Path) -> Iterator[None]:
             yield
     finally:
         compilation_cache.reset_cache()
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Raises UserError in place of JAX's own error where what is computed inside does not fit the device's memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not OUT_OF_MEMORY.search(str(error)):
+            raise
+        remedy = "take fewer seeds together or a smaller batch"
+        if jax.default_backend() == "gpu":
+            remedy += f", or another fraction of the device for JAX ({FRACTION}, now {os.environ.get(FRACTION, '.75')})"
+        raise UserError(f"out of device memory: {remedy}") from None
 
 
 def default_precision() -> str:

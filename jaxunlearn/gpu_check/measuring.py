@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from filelock import FileLock
 
 from jaxunlearn import speed
 from jaxunlearn.benchmarks import Protocol, get_benchmark
 from jaxunlearn.data.datasets import DATASETS
 from jaxunlearn.devices import ceilings as device
 from jaxunlearn.errors import one_line
+from jaxunlearn.files import acquire, make_lock
 from jaxunlearn.gpu_check.agreement import agreement
 from jaxunlearn.gpu_check.arms import FORMS, MODELS
 from jaxunlearn.gpu_check.kernels import profiled
@@ -50,7 +50,7 @@ class Turn:
     """The right to compile and measure, which one arm has at a time, from the first large program to its end."""
 
     def __init__(self) -> None:
-        self._lock = FileLock(os.environ[TURN]) if TURN in os.environ else None
+        self._lock = make_lock(Path(os.environ[TURN])) if TURN in os.environ else None
         self.taken, self.waited_s = False, 0.0
         self.program: jax.stages.Compiled | None = None  # the last large one
 
@@ -58,7 +58,7 @@ class Turn:
         if not self.taken:
             self.taken, start = True, time.perf_counter()
             if self._lock:
-                self._lock.acquire()
+                acquire(self._lock, -1, "choose another TMPDIR")
             self.waited_s = time.perf_counter() - start
             print(TURN_TAKEN, flush=True)
 
@@ -169,15 +169,15 @@ def digits(turn: Turn, tiny: bool) -> dict[str, Any]:
     """A whole run compiled, again with its programs kept, and with deterministic operations: seconds, and same bits?"""
     turn.take()
     bits, seconds, programs = {}, {}, {}
+    kept = {"cold": (), "warm": ("xla", "kernels"), "deterministic": ("kernels",)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind in ("cold", "warm", "deterministic"):
+        cache = folder / "cache"  # of one name: in another the programs would not be found again
+        for kind, parts in kept.items():
             flags = ("--deterministic",) if kind == "deterministic" else ()
-            # The programs are found again only in a folder of the same name. The models must not be.
-            cache = folder / ("deterministic" if kind == "deterministic" else "cache")
-            for models in cache.glob("*"):
-                if models.name != "xla":
-                    shutil.rmtree(models)
+            for part in cache.glob("*"):
+                if part.name not in parts:
+                    shutil.rmtree(part)
             where = (
                 "--cache-dir",
                 cache,

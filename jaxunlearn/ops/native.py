@@ -7,12 +7,15 @@ take the forms that XLA has.
 import ctypes
 import functools
 import hashlib
+import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,47 +80,116 @@ def call(
 _RESULTS: dict[Any, Any] = {}
 
 
+def keep_in(cache_dir: Path) -> None:
+    """Sets the folder below which the library is kept, of a process that has not used it yet."""
+    global _cache_dir
+    _cache_dir = cache_dir
+
+
+_cache_dir: Path | None = None  # None: the user's cache folder
+
+
 @functools.cache
 def library() -> str | None:
     """Loads and registers the library, first compiling it if need be; returns what its kernels' names begin with.
 
-    None, and a line on stderr, where it cannot be compiled.
+    None, and a line on stderr, where it cannot be compiled or loaded. A line too where it cannot be kept.
     """
     sources = sorted(SOURCES.iterdir())
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compilers = _compilers()
     content = b"".join(source.read_bytes() for source in sources)
-    built_for = "\n".join((*OPTIONS, jaxlib.__version__, str(compiler), _processor()))
+    built_for = "\n".join((*OPTIONS, jaxlib.__version__, str(compilers), _processor()))
     name = "jaxunlearn_" + hashlib.sha256(content + built_for.encode()).hexdigest()[:16]
-    path = default_cache() / "kernels" / f"{name}.so"
+    path = (_cache_dir or default_cache()).absolute() / "kernels" / f"{name}.so"
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError:  # not there, or damaged
+    except OSError:  # not there, damaged, or where nothing may be executed
         try:
-            loaded = _compile_and_load(compiler, [source for source in sources if source.suffix == ".cc"], path)
-        except (OSError, subprocess.CalledProcessError) as error:
-            lines = (getattr(error, "stderr", None) or str(error)).splitlines()
-            reason = printable(next((line for line in lines if "error" in line), lines[0] if lines else "it failed"))
-            needs = f"the CPU kernels need a C++20 compiler, such as g++ ({reason})"
-            print(f"slower than it could be: {needs}", file=sys.stderr)
+            loaded = _compile_and_load(compilers, [source for source in sources if source.suffix == ".cc"], path)
+        except OSError as error:
+            print(printable(f"slower than it could be: {error}"), file=sys.stderr)
             return None
     for kernel in KERNELS:
         jax.ffi.register_ffi_target(f"{name}_{kernel}", jax.ffi.pycapsule(getattr(loaded, kernel)), platform="cpu")
     return name
 
 
-def _compile_and_load(compiler: str | None, sources: list[Path], path: Path) -> ctypes.CDLL:
-    """Loads from `path`, or where nothing can be written there, from a file that is gone afterwards."""
-    if compiler is None:
-        raise OSError("none found")
+def _compilers() -> list[list[str]]:
+    """The commands that may be C++ compilers, in the order in which they are tried: `$CXX`, then whatever is found."""
+    folders = [Path(folder) for folder in os.get_exec_path()]
+    versions = {
+        path.name for folder in folders for kind in ("g++", "clang++") for path in folder.glob(f"{kind}-[0-9]*")
+    }
+    newest_first = sorted(versions, key=lambda name: -int(re.split(r"\D+", name)[1]))
+    found = [[name] for name in ("c++", "g++", "clang++", *newest_first) if shutil.which(name)]
+    chosen = os.environ.get("CXX", "")
+    try:
+        own = shlex.split(chosen)
+    except ValueError:  # a quote without its other, which will be said to be no compiler
+        own = [chosen]
+    return [own, *(command for command in found if command != own)] if own else found
+
+
+def _compile_and_load(compilers: Sequence[Sequence[str]], sources: Sequence[Path], path: Path) -> ctypes.CDLL:
+    """Loads from `path`, or where it cannot be from there, with a line on stderr, from a file that is gone afterwards.
+
+    Raises OSError, whose text says why, where no compiler works or nothing can be loaded.
+    """
+    remedy = f"choose another {'--cache-dir' if _cache_dir else 'XDG_CACHE_HOME'}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.so"
-        command = [compiler, *OPTIONS, "-I", jax.ffi.include_dir(), *map(str, sources), "-o", str(out)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        _compile(compilers, sources, out)
         try:
             write_atomically(path, out.read_bytes())
-        except OSError:
-            return ctypes.CDLL(str(out))
-    return ctypes.CDLL(str(path))
+            return _load(path)
+        except OSError as error:
+            reason = f"{path.parent}: {error.strerror or error}"
+        try:
+            loaded = _load(out)
+        except OSError as error:
+            reason += f"; {tempfile.gettempdir()}: {error.strerror or error}"
+            raise OSError(f"the CPU kernels cannot be loaded ({reason}): {remedy}") from error
+    print(printable(f"the CPU kernels are compiled at every start ({reason}): {remedy}"), file=sys.stderr)
+    return loaded
+
+
+def _compile(compilers: Sequence[Sequence[str]], sources: Sequence[Path], out: Path) -> None:
+    """Makes `out` with the first compiler that can. Raises OSError, whose text says why, where none can."""
+    failures = []
+    for compiler in compilers:
+        command = [*compiler, *OPTIONS, "-I", jax.ffi.include_dir(), *map(str, sources), "-o", str(out)]
+        english = os.environ | {"LC_ALL": "C"}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=english)
+        except OSError as error:
+            failures.append(f"{compiler[0]}: {error.strerror}")
+            continue
+        if done.returncode == 0:
+            return
+        if full := re.search("No space left on device|Disk quota exceeded", done.stderr):
+            raise OSError(
+                f"the CPU kernels cannot be compiled ({tempfile.gettempdir()}: {full[0]}): choose another TMPDIR"
+            )
+        failures.append(f"{compiler[0]}: {_complaint(done.stderr)}")
+    reasons = "; ".join(failures) or "none found"
+    raise OSError(f"the CPU kernels need a C++20 compiler, such as g++ ({reasons})")
+
+
+def _complaint(said: str) -> str:
+    """What of a compiler's words is worth repeating."""
+    if "-std=c++20" in said:
+        return "too old for C++20"
+    lines = said.splitlines() or ["it failed"]
+    return next((line for line in lines if "error" in line), lines[0])
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        if os.statvfs(file.parent).f_flag & getattr(os, "ST_NOEXEC", 0):
+            raise OSError(error.errno, "mounted noexec") from error
+        raise
 
 
 def _processor() -> str:

@@ -17,8 +17,9 @@ from jaxunlearn.devices.processes import all_or_none, check_agreement, leads
 from jaxunlearn.devices.sharding import make_mesh, place_shared
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.predictions import Evaluator
-from jaxunlearn.files import check_writable
+from jaxunlearn.files import check_lockable, check_writable
 from jaxunlearn.models.network import Network, make_network
+from jaxunlearn.ops import native
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import RETRAIN, Method, build_rule, names
@@ -26,6 +27,7 @@ from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.checking import check_rule
+from jaxunlearn.training.checkpoints import LOCK_REMEDY
 from jaxunlearn.training.loop import Timing, batch_sizes
 from jaxunlearn.training.pretrained import Models, given
 from jaxunlearn.training.unlearning import Split, Unlearning, make_context
@@ -83,6 +85,7 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         raise UserError(f"--attempts {request.attempts}: it must be at least 1")
     num_classes = DATASETS[protocol.dataset].num_classes
     validate(protocol, num_classes)
+    native.keep_in(request.cache_dir)
     mesh = make_mesh(len(request.seeds), request.devices)
     if not leads():
         reporter = Reporter(quiet=True)
@@ -125,6 +128,7 @@ def _check_outputs(request: Request) -> None:
     """Raises UserError where the results of a run could not be written."""
     for folder in filter(None, (request.out, request.cache_dir, request.export_weights)):
         check_writable(folder)
+    check_lockable(request.cache_dir, LOCK_REMEDY)
     protocol = dataclasses.asdict(request.protocol)
     for method, seed in itertools.product(request.methods, request.seeds):
         check_overwrite(request.record_path(method, seed), protocol, method.hyperparameters, request.force)

@@ -35,6 +35,7 @@ class Request:
     init_weights: Path | None = None
     export_weights: Path | None = None
     devices: int | None = None
+    deterministic: bool = False
     save_every: float = 120.0  # seconds between two checkpoints
     attempts: int = ATTEMPTS  # at most, at pretraining a seed that learns nothing
     force: bool = False
@@ -52,7 +53,8 @@ class Request:
     def settings(self) -> tuple[Any, ...]:
         """What every process of a run must have been told alike."""
         methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
-        return self.bench, self.protocol, methods, self.seeds, self.devices, self.attempts, self.export_weights is None
+        told = self.devices, self.deterministic, self.attempts, self.export_weights is not None
+        return self.bench, self.protocol, methods, self.seeds, *told
 
     def weights_path(self, method: Method, seed: int) -> Path | None:
         """Where the unlearned model goes: below `export_weights` what the record is below `out`."""

@@ -18,16 +18,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from filelock import BaseFileLock, FileLock, Timeout
 from orbax import checkpoint as orbax
 
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, Protocol
 from jaxunlearn.devices.processes import anywhere, leads
-from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.errors import one_line
+from jaxunlearn.files import acquire, make_lock
 from jaxunlearn.registry import Method
 
 FORMAT = 3  # raise by hand when what a checkpoint means changes: older entries are then never used
 DISCARDED = ".discarded"
+LOCK_REMEDY = "choose another --cache-dir"
 
 Leaves = dict[str, np.ndarray]  # by place in the state, such as "params/conv1/kernel"
 
@@ -107,31 +108,19 @@ def _entry(parent: Path, name: str, about: dict[str, Any]) -> Entry:
 def locked(entries: Sequence[Entry]) -> Iterator[None]:
     """Keeps other runs from `entries`; waits, and says so, while one is at them. Ends with the process.
 
-    The leading process does it for its whole run.
+    The leading process does it for its whole run. Raises UserError where the cache is on a file system without locks.
     """
     with ExitStack() as stack:
         # In the same order everywhere, or two runs could wait for each other.
         for folder in sorted(entry.folder for entry in entries):
-            lock = FileLock(folder.parent.parent / "locks" / f"{folder.name}.lock")
-            held = not leads() or _acquire(lock, 0)
+            lock = make_lock(folder.parent.parent / "locks" / f"{folder.name}.lock")
+            held = not leads() or acquire(lock, 0, LOCK_REMEDY)
             if not held:
                 warnings.warn(f"another process is at {folder.name}: waiting for it to finish", stacklevel=2)
             while anywhere(not held):  # every minute, because no process may wait long for another in silence
-                held = held or _acquire(lock, 60)
+                held = held or acquire(lock, 60, LOCK_REMEDY)
             stack.callback(lock.release)
         yield
-
-
-def _acquire(lock: BaseFileLock, seconds: float) -> bool:
-    path = Path(lock.lock_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        return False
-    except NotImplementedError as error:
-        raise UserError(f"{path.parent} is on a file system without locks: choose another --cache-dir") from error
-    return True
 
 
 def load_together(entries: Sequence[Entry], abstract: dict[str, jax.ShapeDtypeStruct]) -> list[Saved | None]:
