@@ -165,7 +165,7 @@ def test_list_names_benchmarks_and_methods(bench):
         (f"--bench {BENCH} --init-weights text.safetensors", "cannot read weights file text.safetensors"),
         (f"--bench {BENCH} --export-weights file/weights", "cannot write to file/weights"),
         (f"--bench {BENCH} --no-such-flag", "--no-such-flag"),
-        (f"--bench {FASHION} --data-dir empty", "looked in empty, "),
+        (f"--bench {FASHION} --data-dir empty", "no fashion_mnist in empty: "),
         (f"--bench {FASHION} --data-dir cut", "train-images-idx3-ubyte"),
         (f"--bench {FASHION} --data-dir labels", "labels"),
         (f"--bench {FASHION} --data-dir gzipped", "train-images-idx3-ubyte.gz"),

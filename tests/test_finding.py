@@ -69,7 +69,6 @@ FORMS = {
     "wget": lambda place: archived(place / "cifar-10-python.tar.gz.1"),
     "gnu": lambda place: archived(place / "cifar-10-python.tar.gz", folder="x" * 120, format=tarfile.GNU_FORMAT),
     "pax": lambda place: archived(place / "cifar-10-python.tar.gz", folder="é" * 120, format=tarfile.PAX_FORMAT),
-    "archive in a folder": lambda place: archived(place / "cifar-10-python.tar.gz").parent,
 }
 
 

@@ -152,6 +152,14 @@ def spoil_a_label(folder):
     path.write_bytes(path.read_bytes().replace(b"label", b"libel", 1))
 
 
+def test_examples_are_bounded(tmp_path, monkeypatch):
+    prepare(Cifar10, tmp_path)
+    monkeypatch.setattr(tfds_source, "MAX_EXAMPLES", 39)
+    assert "more than 39 examples" in refused("cifar10", tmp_path, tmp_path)
+    as_tfrecords(tmp_path, "cifar10")
+    assert "more than 39 examples" in refused("cifar10", tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize("damage", [drop_a_shard, cut_a_shard, spoil_a_label])
 def test_broken_tfrecords(damage, tmp_path):
     prepare(Cifar10, tmp_path)

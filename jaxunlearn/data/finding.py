@@ -1,5 +1,6 @@
 """Looks for a data set at and below a place, by the names of files and by what archives hold, and reads it."""
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -22,6 +23,7 @@ from jaxunlearn.errors import UserError, printable
 
 DEPTH = 3  # folders below a place, as in data/fashion/FashionMNIST/raw
 MAX_ENTRIES = 20_000  # files and folders that are looked at below a place
+MAX_IN_FOLDER = 5_000  # of them, in one folder
 MAX_ARCHIVES = 100  # that are opened below a place to see what they hold
 MAX_COPIES = 3  # of one file in one folder
 MAX_NAMED = 8  # of a folder's files, in a message
@@ -74,17 +76,12 @@ def look(place: Path, source: Source, named: bool) -> Found | None:
 
 def contents(place: Path) -> str:
     """What there is at a place, for a message: '`place` has a.zip, b/ and 3 more'."""
-    if isfile(place):
-        return f"{place} is a file of another kind"
-    try:
-        with os.scandir(place) as entries:
-            names = sorted(f"{entry.name}/" if os.path.isdir(entry.path) else entry.name for entry in entries)
-    except (OSError, ValueError):
-        return f"{place} cannot be read" if os.path.lexists(place) else f"{place} does not exist"
-    if not names:
-        return f"{place} is empty"
+    if not os.path.isdir(place):
+        return f"{place} is no folder" if os.path.lexists(place) else f"{place} does not exist"
+    files, folders = _entries(place)
+    names = sorted([*files, *(f"{folder}/" for folder in folders)])
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{place} has {', '.join(names[:MAX_NAMED])}{more}"
+    return f"{place} has {', '.join(names[:MAX_NAMED])}{more}" if names else f"{place} is empty"
 
 
 def digest(*sets: ImageSet) -> str:
@@ -120,7 +117,7 @@ def _candidates(place: Path, source: Source) -> Iterator[_Candidate]:
         if place.name in layout.folders:
             folders.append(place)  # the user pointed at the folder itself
         for folder in folders:
-            if copies := _copies(folder, _files(folder), layout):
+            if copies := _copies(folder, _entries(folder)[0], layout):
                 seen.add((folder, layout))
                 yield _Candidate(folder, partial(_read, copies, folder, layout, source), expected=True)
         if layout.archive and isfile(place / layout.archive):
@@ -134,7 +131,7 @@ def _candidates(place: Path, source: Source) -> Iterator[_Candidate]:
 def _at_file(path: Path, source: Source) -> Iterator[_Candidate]:
     for layout in source.layouts:
         if published_name(path.name) in layout.names:
-            copies = _copies(path.parent, _files(path.parent), layout)
+            copies = _copies(path.parent, _entries(path.parent)[0], layout)
             yield _Candidate(path.parent, partial(_read, copies, path.parent, layout, source), expected=True)
             return
     held = names_in(path)
@@ -171,22 +168,27 @@ def _walk(place: Path) -> Iterator[tuple[Path, list[str]]]:
     for _ in range(DEPTH + 1):
         below: list[Path] = []
         for folder in level:
-            try:
-                with os.scandir(folder) as entries:
-                    names = sorted(entry.name for entry in itertools.islice(entries, left))
-            except (OSError, ValueError):
-                continue
-            left -= len(names)
-            yield folder, [name for name in names if isfile(folder / name)]
-            below += [folder / name for name in names if name[0] != "." and os.path.isdir(folder / name)]
+            files, folders = _entries(folder, min(left, MAX_IN_FOLDER))
+            left -= len(files) + len(folders)
+            yield folder, files
+            below += [folder / name for name in folders if not name.startswith(".")]
         level = below
 
 
-def _files(folder: Path) -> list[str]:
+def _entries(folder: Path, most: int = MAX_IN_FOLDER) -> tuple[list[str], list[str]]:
+    """The names of a folder's files and folders; none where it is no folder or cannot be read."""
+    files, folders = [], []
     try:
-        return sorted(name for name in os.listdir(folder) if isfile(folder / name))
+        with os.scandir(folder) as entries:
+            for entry in itertools.islice(entries, most):
+                with contextlib.suppress(OSError):  # a link to itself
+                    if entry.is_dir():
+                        folders.append(entry.name)
+                    elif entry.is_file():
+                        files.append(entry.name)
     except (OSError, ValueError):
-        return []
+        pass
+    return sorted(files), sorted(folders)
 
 
 def _may_be_an_archive(name: str) -> bool:

@@ -4,6 +4,7 @@ The library is imported inside the functions: users of other files should not wa
 """
 
 import io
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,8 @@ import numpy as np
 
 from jaxunlearn.data.readers import ImageSet, checked
 from jaxunlearn.errors import UserError, one_line
+
+MAX_EXAMPLES = 200_000  # of a split: an image takes forty times the memory of its smallest PNG. Official: 60 thousand
 
 
 def find_prepared(place: Path, name: str) -> Path | None:
@@ -44,7 +47,7 @@ def read_prepared(folder: Path, num_classes: int, shape: tuple[int, int, int]) -
             f"{folder} is in neither the array_record nor the tfrecord format: prepare it in one of them, or remove it"
         ) from error
     except Exception as error:  # broken metadata, records and images can raise anything
-        raise UserError(f"{folder} cannot be read ({one_line(error)}): remove it to prepare it again") from error
+        raise UserError(f"{folder} cannot be read ({one_line(error)}): prepare it again, or remove it") from error
     return checked(*train, num_classes, f"{folder} (train)"), checked(*test, num_classes, f"{folder} (test)")
 
 
@@ -99,7 +102,10 @@ def _records(file: IO[bytes], size: int) -> Iterator[bytes]:
 
 
 def _arrays(examples: Iterable[Mapping[str, Any]], shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    decoded = [(example.get("id"), _decode_png(example["image"], shape), example["label"]) for example in examples]
+    first = itertools.islice(examples, MAX_EXAMPLES + 1)
+    decoded = [(example.get("id"), _decode_png(example["image"], shape), example["label"]) for example in first]
+    if len(decoded) > MAX_EXAMPLES:
+        raise ValueError(f"more than {MAX_EXAMPLES} examples")
     if decoded and decoded[0][0] is not None:
         decoded.sort(key=lambda example: example[0])
     _, images, labels = zip(*decoded, strict=True) if decoded else ((), (), ())
