@@ -89,6 +89,7 @@ def test_a_class_of_the_pytorch_harness_is_a_method(bench):
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and err == ""
     assert [(r["method"], r["seed"], r["status"]) for r in records] == [("torch_scrub", s, "ok") for s in (0, 1)]
+    assert records[0]["dataset"] == {"digest": "36142473ed47490e", "verified": True}
     assert records[0]["hyperparameters"] == {"temperature": 4.0, "gamma": 0.99, "alpha": 0.01, "forget_epochs": 1}
 
 

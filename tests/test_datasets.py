@@ -146,27 +146,33 @@ def test_a_data_dir_without_the_data_is_warned_of_before_another_place_is_used(t
         assert form in message
 
 
-@pytest.fixture
-def official(monkeypatch, tmp_path):
-    """Declares a small FashionMNIST the official one; returns where it lies."""
-    write_fmnist(tmp_path / "data")
-    digest = load("fashion_mnist", tmp_path / "data").digest
-    small = dataclasses.replace(DATASETS["fashion_mnist"], train_count=30, test_count=20, digests=(digest,))
-    monkeypatch.setitem(DATASETS, "fashion_mnist", small)
-    return tmp_path / "data"
+@pytest.fixture(params=["cifar10", "cifar100", "fashion_mnist"])
+def official(request, monkeypatch, tmp_path):
+    """Declares a small data set the official one; returns its name, place, and a file that ends in a pixel or label."""
+    name, place = request.param, tmp_path / "data"
+    if name == "fashion_mnist":
+        file = write_fmnist(place) / "t10k-labels-idx1-ubyte"
+    else:
+        file = write_binaries(place / FOLDERS[name][1], name) / ("test_batch.bin" if name == "cifar10" else "train.bin")
+    found = load(name, place)
+    counts = {"train_count": len(found.train.labels), "test_count": len(found.test.labels)}
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **counts, digests=(found.digest,)))
+    return name, place, file
 
 
 def test_official_content_is_verified_in_silence(official):
+    name, place, _ = official
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load("fashion_mnist", official).verified
+        assert load(name, place).verified
 
 
 def test_other_content_of_the_official_size_is_warned_of(official):
-    (path,) = official.glob("t10k-labels*")
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    name, place, file = official
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.warns(UserWarning, match="as many images as the official set but not the same ones"):
-        assert not load("fashion_mnist", official).verified
+        assert not load(name, place).verified
 
 
 def test_unknown_name(tmp_path):

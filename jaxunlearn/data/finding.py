@@ -23,7 +23,7 @@ from jaxunlearn.errors import UserError, printable
 
 DEPTH = 3  # folders below a place, as in data/fashion/FashionMNIST/raw
 MAX_ENTRIES = 20_000  # files and folders that are looked at below a place
-MAX_IN_FOLDER = 5_000  # of them, in one folder
+MAX_IN_FOLDER = 5_000  # of them, in one folder below
 MAX_ARCHIVES = 100  # that are opened below a place to see what they hold
 MAX_COPIES = 3  # of one file in one folder
 MAX_NAMED = 8  # of a folder's files, in a message
@@ -116,7 +116,7 @@ def _candidates(place: Path, source: Source) -> Iterator[_Candidate]:
         folders = [place / folder for folder in layout.folders]
         if place.name in layout.folders:
             folders.append(place)  # the user pointed at the folder itself
-        for folder in folders:
+        for folder in dict.fromkeys(folders):
             if copies := _copies(folder, _entries(folder)[0], layout):
                 seen.add((folder, layout))
                 yield _Candidate(folder, partial(_read, copies, folder, layout, source), expected=True)
@@ -175,7 +175,7 @@ def _walk(place: Path) -> Iterator[tuple[Path, list[str]]]:
         level = below
 
 
-def _entries(folder: Path, most: int = MAX_IN_FOLDER) -> tuple[list[str], list[str]]:
+def _entries(folder: Path, most: int | None = None) -> tuple[list[str], list[str]]:
     """The names of a folder's files and folders; none where it is no folder or cannot be read."""
     files, folders = [], []
     try:
