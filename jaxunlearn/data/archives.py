@@ -75,7 +75,8 @@ def read_archive(archive: Path, names: Sequence[str]) -> dict[str, Blob]:
 
 def names_in(archive: Path) -> set[str]:
     """The published names of the first files in a tar, as far as its first mebibyte goes; none if it is no tar."""
-    start, names = io.BytesIO(), set()
+    start = io.BytesIO()
+    names: set[str] = set()
     try:
         with archive.open("rb") as file:
             stream = _unzipped(file)

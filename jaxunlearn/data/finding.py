@@ -28,7 +28,7 @@ MAX_ARCHIVES = 100  # that are opened below a place to see what they hold
 MAX_COPIES = 3  # of one file in one folder
 MAX_NAMED = 8  # of a folder's files, in a message
 
-Copies = Mapping[str, Sequence[Callable[[], Blob]]]  # by published name, the likeliest first
+Copies = Mapping[str, Sequence[Path | Blob]]  # by published name, the likeliest first
 
 
 class Found(NamedTuple):
@@ -65,12 +65,13 @@ def look(place: Path, source: Source, named: bool) -> Found | None:
         except UserError as error:
             faults.append((candidate.expected, error))
             continue
-        for fault in (error for expected, error in faults if expected):
-            warnings.warn(printable(f"{fault}; using {candidate.where}"), stacklevel=2)
+        for expected, fault in faults:
+            if expected:
+                warnings.warn(printable(f"{fault}; using {candidate.where}"), stacklevel=2)
         return Found(train, test, candidate.where, digest(train, test))
-    for expected, error in faults:
+    for expected, fault in faults:
         if expected or named:
-            raise error
+            raise fault
     return None
 
 
@@ -123,8 +124,8 @@ def _candidates(place: Path, source: Source) -> Iterator[_Candidate]:
         if layout.archive and isfile(place / layout.archive):
             seen.add((place / layout.archive, layout))
             yield _of_archive(place / layout.archive, layout, source, expected=True)
-    for candidate, layout in _below(place, source):
-        if (candidate.where, layout) not in seen:
+    for candidate, form in _below(place, source):
+        if (candidate.where, form) not in seen:
             yield candidate
 
 
@@ -205,10 +206,7 @@ def _copies(folder: Path, files: Sequence[str], layout: Layout) -> Copies:
         if (name := published_name(file)) in wanted:
             copies.setdefault(name, []).append(file)
     return {
-        name: [
-            partial(read_file, folder / file)
-            for file in sorted(found, key=lambda file, name=name: (file != name, file != f"{name}.gz"))[:MAX_COPIES]
-        ]
+        name: [folder / file for file in dict.fromkeys((name, f"{name}.gz", *found)) if file in found][:MAX_COPIES]
         for name, found in copies.items()
     }
 
@@ -216,7 +214,7 @@ def _copies(folder: Path, files: Sequence[str], layout: Layout) -> Copies:
 def _of_archive(archive: Path, layout: Layout, source: Source, expected: bool) -> _Candidate:
     def read() -> tuple[ImageSet, ImageSet]:
         blobs = read_archive(archive, layout.names)
-        return _read({name: [lambda blob=blob: blob] for name, blob in blobs.items()}, archive, layout, source)
+        return _read({name: [blob] for name, blob in blobs.items()}, archive, layout, source)
 
     return _Candidate(archive, read, expected)
 
@@ -233,12 +231,12 @@ def _read(copies: Copies, where: Path, layout: Layout, source: Source) -> tuple[
     return split(layout.train), split(layout.test)
 
 
-def _first_whole(group: Sequence[Sequence[Callable[[], Blob]]], layout: Layout, source: Source) -> ImageSet:
+def _first_whole(group: Sequence[Sequence[Path | Blob]], layout: Layout, source: Source) -> ImageSet:
     """What a group of files holds, of whichever copies are whole. UserError, of the likeliest, if there are none."""
     faults = []
     for files in itertools.product(*group):
         try:
-            blobs = [read() for read in files]
+            blobs = [read_file(file) if isinstance(file, Path) else file for file in files]
             images, labels = layout.parse(blobs, source.shape)
             return checked(images, labels, source.num_classes, blobs[-1].where)
         except UserError as error:

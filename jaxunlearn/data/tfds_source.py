@@ -103,7 +103,9 @@ def _records(file: IO[bytes], size: int) -> Iterator[bytes]:
 
 def _arrays(examples: Iterable[Mapping[str, Any]], shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     first = itertools.islice(examples, MAX_EXAMPLES + 1)
-    decoded = [(example.get("id"), _decode_png(example["image"], shape), example["label"]) for example in first]
+    decoded: list[tuple[Any, ...]] = [
+        (example.get("id"), _decode_png(example["image"], shape), example["label"]) for example in first
+    ]
     if len(decoded) > MAX_EXAMPLES:
         raise ValueError(f"more than {MAX_EXAMPLES} examples")
     if decoded and decoded[0][0] is not None:
