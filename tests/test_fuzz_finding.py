@@ -75,7 +75,7 @@ def trees(draw):
     return files
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(tree=trees(), one=st.booleans())
 def test_folders_of_any_files(tree, one, inside):
     with tempfile.TemporaryDirectory(dir=inside) as folder:
@@ -102,7 +102,7 @@ def framed(tmp_path_factory):
     return place
 
 
-@fuzzed(60)
+@fuzzed(30)
 @given(draw=st.data())
 def test_damaged_tfrecords(draw, framed):
     (path,) = framed.rglob("*train.tfrecord-00001*")
