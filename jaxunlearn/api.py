@@ -73,7 +73,7 @@ def run(
       seeds: several train together; "0-7" is understood too.
       set: hyperparameters, such as {"scrub.temperature": 2}.
       init_weights: a file of a PyTorch state_dict to start from, in place of pretraining.
-      data_dir: where the images are; else $JAXUNLEARN_DATA, the cache folder, a download.
+      data_dir: where the images are, a folder or a file; else $JAXUNLEARN_DATA, the cache folder, a download.
       cache_dir: pretrained models, compiled programs, downloads; None: the user's cache folder.
       out: where records go, `<bench>/<method>/seed<k>.json`.
       export_weights: where unlearned models go, as .safetensors, named like the records; None: nowhere.

@@ -95,6 +95,7 @@ def test_a_class_of_the_pytorch_harness_is_a_method(bench):
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and err == ""
     assert [(r["method"], r["seed"], r["status"]) for r in records] == [("torch_scrub", s, "ok") for s in (0, 1)]
+    assert records[0]["dataset"] == {"digest": "36142473ed47490e", "verified": True}
     assert records[0]["hyperparameters"] == {"temperature": 4.0, "gamma": 0.99, "alpha": 0.01, "forget_epochs": 1}
 
 
@@ -171,7 +172,7 @@ def test_list_names_benchmarks_and_methods(bench):
         (f"--bench {BENCH} --init-weights text.safetensors", "cannot read weights file text.safetensors"),
         (f"--bench {BENCH} --export-weights file/weights", "cannot write to file/weights"),
         (f"--bench {BENCH} --no-such-flag", "--no-such-flag"),
-        (f"--bench {FASHION} --data-dir empty", "looked in empty, "),
+        (f"--bench {FASHION} --data-dir empty", "no fashion_mnist in empty: "),
         (f"--bench {FASHION} --data-dir cut", "train-images-idx3-ubyte"),
         (f"--bench {FASHION} --data-dir labels", "labels"),
         (f"--bench {FASHION} --data-dir gzipped", "train-images-idx3-ubyte.gz"),

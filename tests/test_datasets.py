@@ -1,5 +1,7 @@
 """Every standard layout gives the same arrays, and places are looked in in order."""
 
+import dataclasses
+import hashlib
 import os
 import warnings
 from pathlib import Path
@@ -19,7 +21,7 @@ from layouts import (
     write_pickles,
 )
 
-from jaxunlearn.data import datasets, tfds_source
+from jaxunlearn.data import datasets
 from jaxunlearn.data.datasets import DATASETS, ImageSet, find
 from jaxunlearn.errors import UserError
 
@@ -87,14 +89,15 @@ def test_the_digest_sees_pixels_labels_and_the_split(tmp_path):
         (ImageSet(images, np.roll(labels, 1)), found.test),
         (found.test, found.train),
     ):
-        assert datasets._digest(*changed) != found.digest
-    assert datasets._digest(found.train, found.test) == found.digest
+        assert datasets.digest(*changed) != found.digest
+    assert datasets.digest(found.train, found.test) == found.digest
 
 
 def test_digits():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the counts are the official ones
         found = datasets.load("digits", Path("ignored"), Path("ignored"))
+    assert found.verified
     assert len(found.train.images) + len(found.test.images) == 1797
     assert found.train.images.min() == 0 and found.train.images.max() == 255
     from sklearn.datasets import load_digits
@@ -124,7 +127,7 @@ def test_places_are_looked_in_in_order(tmp_path, monkeypatch):
 
 def test_finding_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
-    monkeypatch.setattr(tfds_source, "prepare", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(datasets, "download", lambda *_: pytest.fail("downloaded"))
     assert find("cifar10", None, tmp_path) is None
     digits = find("digits", None, tmp_path)
     assert digits is not None and digits.digest == load("digits", tmp_path).digest
@@ -141,6 +144,35 @@ def test_a_data_dir_without_the_data_is_warned_of_before_another_place_is_used(t
     assert str(tmp_path / "empty") in message
     for form in ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz", "cifar-10-batches-py/", "cifar-10-batches-bin/"):
         assert form in message
+
+
+@pytest.fixture(params=["cifar10", "cifar100", "fashion_mnist"])
+def official(request, monkeypatch, tmp_path):
+    """Declares a small data set the official one; returns its name, place, and a file that ends in a pixel or label."""
+    name, place = request.param, tmp_path / "data"
+    if name == "fashion_mnist":
+        file = write_fmnist(place) / "t10k-labels-idx1-ubyte"
+    else:
+        file = write_binaries(place / FOLDERS[name][1], name) / ("test_batch.bin" if name == "cifar10" else "train.bin")
+    found = load(name, place)
+    counts = {"train_count": len(found.train.labels), "test_count": len(found.test.labels)}
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **counts, digests=(found.digest,)))
+    return name, place, file
+
+
+def test_official_content_is_verified_in_silence(official):
+    name, place, _ = official
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(name, place).verified
+
+
+def test_other_content_of_the_official_size_is_warned_of(official):
+    name, place, file = official
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="as many images as the official set but not the same ones"):
+        assert not load(name, place).verified
 
 
 def test_unknown_name(tmp_path):
@@ -184,7 +216,15 @@ def test_the_real_files(name, tmp_path):
     for _, labels in (found.train, found.test):
         assert set(np.bincount(labels)) == {len(labels) // found.num_classes}
     assert found.train.labels[0] == label and found.train.images[0, 0, 0].tolist() == pixel
-    assert found.digest == digest
+    assert found.digest == digest and found.verified
+    assert name != "fashion_mnist" or datasets.digest(*in_the_order_of_tfds(found)) in DATASETS[name].digests
+
+
+def in_the_order_of_tfds(found):
+    """Its shuffle: by the MD5 of the split's name and an image's place."""
+    for split, (images, labels) in (("train", found.train), ("test", found.test)):
+        order = sorted(range(len(labels)), key=lambda k, split=split: hashlib.md5(f"{split}{k}".encode()).digest())
+        yield ImageSet(np.ascontiguousarray(images[order]), labels[order])
 
 
 def test_train_limit_takes_equally_many_of_each_class_from_the_front():

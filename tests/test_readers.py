@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from layouts import (
     write_pickles,
 )
 
-from jaxunlearn.data import readers
+from jaxunlearn.data import archives, pickles
 
 pytestmark = small_sets
 
@@ -83,23 +84,28 @@ def test_an_empty_split(tmp_path):
     assert "no images" in refused("fashion_mnist", tmp_path)
 
 
+def pack_binaries(archive):
+    write_archive(write_binaries(archive.parent / "away" / "cifar-10-batches-bin", "cifar10"), archive)
+    shutil.rmtree(archive.parent / "away")  # it would be found
+
+
 @pytest.mark.parametrize("damage", [lambda d: d[:200], lambda d: d[:50] + b"\xff" * 50 + d[100:], lambda d: b"<html>"])
 def test_broken_gzip_and_tar(damage, tmp_path):
     zipped = write_fmnist(tmp_path, zipped=True) / "train-images-idx3-ubyte.gz"
     zipped.write_bytes(damage(zipped.read_bytes()))
     assert str(zipped) in refused("fashion_mnist", tmp_path)
     archive = tmp_path / "cifar-10-binary.tar.gz"
-    write_archive(write_binaries(tmp_path / "away" / "cifar-10-batches-bin", "cifar10"), archive)
+    pack_binaries(archive)
     archive.write_bytes(damage(archive.read_bytes()))
     assert str(archive) in refused("cifar10", tmp_path)
 
 
 def test_decompression_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_BYTES", 1000)
+    monkeypatch.setattr(archives, "MAX_BYTES", 1000)
     zipped = write_fmnist(tmp_path, zipped=True) / "train-images-idx3-ubyte.gz"
     assert f"{zipped} holds more than 1000 bytes" in refused("fashion_mnist", tmp_path)
     archive = tmp_path / "cifar-10-binary.tar.gz"
-    write_archive(write_binaries(tmp_path / "away" / "cifar-10-batches-bin", "cifar10"), archive)
+    pack_binaries(archive)
     assert "holds more than 1000 bytes" in refused("cifar10", tmp_path)
 
 
@@ -177,7 +183,7 @@ def test_pickles_may_order_their_arrays_as_they_like():
     array = np.arange(6, dtype=">i4").reshape(2, 3)
     for protocol in (2, 4, 5):
         for variant in (array, np.asfortranarray(array)):
-            loaded = readers._ArrayUnpickler(io.BytesIO(pickle.dumps(variant, protocol)), encoding="bytes").load()
+            loaded = pickles.ArrayUnpickler(io.BytesIO(pickle.dumps(variant, protocol)), encoding="bytes").load()
             np.testing.assert_array_equal(loaded.array, array)
 
 
@@ -188,4 +194,4 @@ def test_python_2_pickles_are_read():
         b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
         b"\x89U\x02\x05\xfftb."
     )
-    assert readers._ArrayUnpickler(io.BytesIO(data), encoding="bytes").load().array.tolist() == [5, 255]
+    assert pickles.ArrayUnpickler(io.BytesIO(data), encoding="bytes").load().array.tolist() == [5, 255]

@@ -62,6 +62,9 @@ def test_write_creates_the_folder_and_keeps_the_order(path):
         (make("diverged"), make("diverged"), True),
         (make("ok"), make("diverged"), False),
         (make(epochs=2), make(), False),
+        (make(dataset={"verified": True}), make(dataset={"verified": False}), False),
+        (make(dataset={"verified": False}), make(dataset={"verified": True}), True),
+        (make(), make(dataset={"verified": False}), True),  # older records do not say
         (make(temperature=2.0), make(), False),
     ],
 )

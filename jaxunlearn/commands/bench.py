@@ -86,8 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--data-dir",
         type=Path,
-        metavar="DIR",
-        help="where the images are (else $JAXUNLEARN_DATA, then the cache, then a download)",
+        metavar="PATH",
+        help="where the images are, a folder or a file (else $JAXUNLEARN_DATA, then the cache, then a download)",
     )
     where.add_argument(
         "--cache-dir",

@@ -53,8 +53,8 @@ def check_overwrite(path: Path, protocol: Mapping[str, Any], hyperparameters: Ma
 def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
     """Stores `record` as indented JSON, atomically: `path` holds the old record or the new one, whole, at any time.
 
-    An old record is replaced if `force`, or if it has the same protocol and hyperparameters and is not better in status
-    ("ok" is better than "diverged").
+    An old record is replaced if `force`, or if it has the same protocol and hyperparameters and is not better: in
+    status ("ok" is better than "diverged"), or as one of the official images where the new one is of others.
 
     Returns:
       Whether the record was written; False means the old one was kept.
@@ -66,7 +66,7 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if not force and path.exists():
         old = _read(path)
-        better = old["status"] == "ok" and record["status"] != "ok"
+        better = (old["status"] == "ok" and record["status"] != "ok") or (_verified(old) and not _verified(record))
         if better or _differences(old, record["protocol"], record["hyperparameters"]):
             return False
     write_atomically(path, text.encode())
@@ -83,6 +83,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not (all(isinstance(setting, dict) for setting in settings) and "status" in record):
         raise UserError(f"{path} is not a result record: pass --force to replace it")
     return record
+
+
+def _verified(record: Mapping[str, Any]) -> bool:
+    dataset = record.get("dataset")  # older records have none
+    return isinstance(dataset, dict) and dataset.get("verified") is True
 
 
 def _differences(old: Mapping[str, Any], protocol: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> list[str]:

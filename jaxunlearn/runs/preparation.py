@@ -47,6 +47,7 @@ class Prepared:
     train: Images
     split: Split
     digest: str  # of the data set
+    verified: bool  # whether that is the official one's
     evaluator: Evaluator
     unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by method
 
@@ -116,7 +117,18 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         members = Images(*(part[split.forget] for part in train))
         evaluator = Evaluator(network, protocol, test, members, mesh, timing)
         prepared = Prepared(
-            request, reporter, timing, mesh, keys, network, models, train, split, dataset.digest, evaluator
+            request,
+            reporter,
+            timing,
+            mesh,
+            keys,
+            network,
+            models,
+            train,
+            split,
+            dataset.digest,
+            dataset.verified,
+            evaluator,
         )
         for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
             prepared.batches(count, kind)  # raises where they make no batch

@@ -60,6 +60,7 @@ def make_record(
         "unlearn_steps": steps,
         "protocol": dataclasses.asdict(request.protocol),
         "hyperparameters": method.hyperparameters,
+        "dataset": {"digest": run.digest, "verified": run.verified},
         "timing": {name: round(value, 3) for name, value in seconds.items()},
         "throughput": {name: rate and round(rate, 3) for name, rate in throughput.items()},
         "environment": run.environment,
