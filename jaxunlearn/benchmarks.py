@@ -45,7 +45,7 @@ class Protocol:
     mia_augment: bool = False  # A  the attack sees clean forget-train images
 
     # Model variants.
-    resnet_shortcut: str = "B"  # I  1x1 convolution + BatchNorm; "A" has no parameters
+    resnet_shortcut: str = "B"  # I  1x1 convolution + BatchNorm; "A" has no parameters; of given weights theirs
     mobilenet_stride: int = 1  # A  of the 24-channel stage
     mobilenet_dropout: float = 0.0  # A  before the linear layer
     precision: str = "fp32"  # of the computation, on a GPU "tf32"; parameters and statistics are always fp32

@@ -25,7 +25,11 @@ from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import from_state_dict, load_weights, to_state_dict
 from jaxunlearn.models.weight_files import read_weights
 
-pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("tiny_models"),
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:weights of other names"),  # a damaged name is another
+]
 __all__ = ["inside"]  # a fixture
 
 
@@ -51,6 +55,9 @@ def whole(suffix):
     return buffer.getvalue()
 
 
+ENDINGS = st.sampled_from(["", ".npz", ".safetensors", ".pt", ".pth.tar", ".ckpt", ".bin", ".html", ".\U0001f40d"])
+
+
 def check(path, content):
     """Loads a file of this content; whatever it holds then is finite and fits."""
     path.write_bytes(content)
@@ -70,9 +77,24 @@ def test_a_good_file_is_read(suffix, inside):
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt", ".th"])
 @fuzzed(80)
-@given(draw=st.data())
-def test_damaged_files(suffix, draw, inside):
-    check(inside / f"weights{suffix}", draw.draw(damaged(whole(suffix))))
+@given(draw=st.data(), ending=ENDINGS)
+def test_damaged_files(suffix, draw, ending, inside):
+    check(inside / f"weights{ending}", draw.draw(damaged(whole(suffix))))
+
+
+STARTS = st.sampled_from(
+    [b"", b"PK\x03\x04", weight_files.TORCH_NUMBER, bytes(8) + b"{", b"\x80\x02", b"<!doctype html>"]
+)
+STARTS |= st.sampled_from(
+    [b"\x89HDF\r\n", b"version https://git-lfs", b"\x93NUMPY", b"\x1f\x8b\x08", b"\xef\xbb\xbf <html"]
+)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt", ".th"])
+@fuzzed(60)
+@given(start=STARTS, at=st.integers(0, 600), rest=st.binary(max_size=40), ending=ENDINGS)
+def test_files_that_begin_as_another_kind(suffix, start, at, rest, ending, inside):
+    check(inside / f"weights{ending}", start + rest + whole(suffix)[at:])
 
 
 KEYS = st.sampled_from(["conv.weight", "bn.bias", "fc.bias", "module.", "", "a\n\x1b[2J", "x" * 3000, "__metadata__"])
@@ -135,6 +157,35 @@ def test_npz_of_any_members(members, method, inside):
     check(inside / "weights.npz", buffer.getvalue())
 
 
+LAYER_KEYS = st.builds(
+    "{}{}.{}".format,
+    st.sampled_from(["", "", "", "module.", "0."]),
+    st.sampled_from(["conv", "bn", "fc", "conv_1", "bn_1", "head", "normalize", "\n"]),
+    st.sampled_from(
+        ["weight", "bias", "running_mean", "running_var", "weight_orig", "weight_mask", "mean", "std", "n_averaged"]
+    ),
+)
+
+
+@fuzzed(300)
+@given(
+    wanted=st.lists(st.sampled_from([0, 1, 2, 3]), min_size=0, max_size=12),
+    others=st.dictionaries(LAYER_KEYS, st.sampled_from([(), (1,), (3,), (6,), (6, 3, 3, 3), (3, 6), (0,)]), max_size=6),
+    dtype=st.sampled_from(["f4", "f2", "i8", "i1", "?", "c8", "U1", "O"]),
+    renamed=st.booleans(),
+    ordered=st.booleans(),
+)
+def test_state_dicts_of_any_names(wanted, others, dtype, renamed, ordered, inside):
+    state = {}
+    for number, (key, value) in enumerate(to_state_dict(variables()).items()):
+        if number not in wanted:
+            state[key.replace("conv", "conv_0").replace("bn", "bn_0") if renamed else key] = value
+    order = sorted(state, key=lambda key: ("conv" not in key, "bn" not in key))
+    state = {key: state[key] for key in order} | {key: np.zeros(shape, dtype) for key, shape in others.items()}
+    found = outcome(from_state_dict, state, variables(), ordered)
+    assert found is None or jax.tree.structure(found) == jax.tree.structure(variables())
+
+
 def pt(program, records=()):
     """PyTorch's format with a pickle of one's own."""
     buffer = io.BytesIO()
@@ -144,11 +195,14 @@ def pt(program, records=()):
     return buffer.getvalue()
 
 
-@fuzzed(150)
-@given(program=programs, zipped=st.booleans())
-def test_pytorch_files_of_any_opcodes(program, zipped, inside):
+OLD = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+
+
+@fuzzed(250)
+@given(program=programs, zipped=st.booleans(), ending=ENDINGS)
+def test_pytorch_files_of_any_opcodes(program, zipped, ending, inside):
     pytest.importorskip("torch")
-    check(inside / "weights.pt", pt(program, [("data/0", bytes(64))]) if zipped else program)
+    check(inside / f"weights{ending}", pt(program, [("data/0", bytes(64))]) if zipped else OLD + program)
 
 
 # ---- what failed once ------------------------------------------------------------------------------------------------
@@ -209,7 +263,7 @@ def refused_state(spoiled):
 
 def test_an_old_pytorch_reads_nothing(inside, monkeypatch):
     version = pytest.importorskip("torch.torch_version").TorchVersion
-    (inside / "weights.pt").touch()
+    (inside / "weights.pt").write_bytes(whole(".pt"))
     for old in ("2.5.1", "2.9.1+cpu"):
         fake = types.SimpleNamespace(__version__=version(old), load=lambda *_, **__: pytest.fail("loaded"))
         monkeypatch.setitem(sys.modules, "torch", fake)

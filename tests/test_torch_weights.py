@@ -4,22 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from state_dicts import random_state, shapes
 
 from jaxunlearn.errors import UserError
 from jaxunlearn.models import build
 from jaxunlearn.models.torch_weights import from_state_dict, load_weights, to_state_dict
-
-
-def shapes(name="resnet20", classes=10, **options):
-    model = build(name, classes, **options)
-    return jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False), jax.random.key(0))
-
-
-def random_state(variables, seed=0):
-    """A state_dict of the right names and shapes with values of its own, made without the code under test's values."""
-    rng = np.random.default_rng(seed)
-    empty = to_state_dict(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables))
-    return {key: rng.uniform(0.5, 1.5, value.shape).astype(np.float32) / 8 for key, value in empty.items()}
 
 
 def refused(state, variables):
@@ -64,7 +53,7 @@ def test_values_take_the_dtypes_of_the_model():
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 @pytest.mark.parametrize("shortcut", [".shortcut.", ".downsample."])
-@pytest.mark.parametrize("head", ["linear.", "fc."])
+@pytest.mark.parametrize("head", ["linear.", "fc.", "classifier.", "head.0."])
 def test_names_in_common_use(prefix, shortcut, head):
     variables = shapes()
     state = random_state(variables)
@@ -72,6 +61,13 @@ def test_names_in_common_use(prefix, shortcut, head):
     other[f"{prefix}bn1.num_batches_tracked"] = np.int64(7)
     same = jax.tree.map(np.array_equal, from_state_dict(other, variables), from_state_dict(state, variables))
     assert jax.tree.all(same)
+
+
+def test_a_bias_of_one_linear_layer_keeps_its_place():
+    state = random_state(shapes())
+    other = {key.replace("linear.", "classifier."): value for key, value in state.items()}
+    other["classifier.bias"] = other["classifier.bias"][:9]
+    assert "classifier.bias (9,) instead of (10,)" in refused(other, shapes())
 
 
 def test_the_other_shortcut_is_named_with_its_flag():
@@ -122,6 +118,7 @@ def test_misfits_are_listed_in_one_line(tmp_path):
         ("layer1.0.bn1.running_var", np.full(16, -np.inf, np.float32), "finite: layer1.0.bn1.running_var"),
         ("bn1.weight", np.full(16, 1e300), "finite: bn1.weight"),  # not in float32
         ("conv1.bias", np.full(16, np.nan, np.float32), "finite: bn1.running_mean"),
+        ("layer1.0.bn1.running_var", np.full(16, -1e-9), "variance cannot be negative: layer1.0.bn1.running_var"),
         ("fc.weight", np.zeros((10, 64), np.float32), "twice: linear.weight and fc.weight"),
     ],
 )

@@ -29,7 +29,7 @@ FLAGS = {
     "epoch_length": "steps of an unlearning epoch: of the smaller set, or of the retain set",
     "crop_padding": "what surrounds an image before the random crop",
     "mobilenet_stride": "stride of MobileNetV2's 24-channel stage",
-    "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A)",
+    "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A); given weights bring their own",
     "precision": "of the computation (default: fp32, on a GPU tf32); parameters and statistics stay fp32",
 }
 SWITCHES = ("drop_last", "mia_augment")  # further ones, that only turn something on
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init-weights",
         type=Path,
         metavar="FILE",
-        help="start from a PyTorch state_dict (.npz, .safetensors; .pt, .pth, .th with PyTorch), no pretraining",
+        help="start from a PyTorch state_dict (.npz, .safetensors or, with PyTorch, its own files), no pretraining",
     )
     where = parser.add_argument_group("where")
     where.add_argument(

@@ -101,7 +101,7 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             if leads():
                 _check_outputs(request)
             weights = request.init_weights
-            models = given(weights, network, len(request.seeds), mesh) if weights else None
+            models = given(weights, protocol, network, len(request.seeds), mesh) if weights else None
             context = make_context(network, protocol, num_classes, steps_per_epoch=1)
             for method in request.methods:
                 if method.name not in (*names(), RETRAIN):  # the user's own, which is looked at before a download

@@ -12,6 +12,8 @@ import jax
 from jaxunlearn.benchmarks import ATTEMPTS, MOST_SEEDS, Protocol, get_benchmark
 from jaxunlearn.devices.configuration import default_precision
 from jaxunlearn.errors import UserError
+from jaxunlearn.models.state_dicts import shortcut
+from jaxunlearn.models.weight_files import read_weights
 from jaxunlearn.registry import BASELINES, Method, Named, get_method, parse_value, title_of
 from jaxunlearn.results.records import record_path
 
@@ -98,7 +100,10 @@ def parse_settings(pairs: Sequence[str]) -> Settings:
 def make_protocol(
     bench: str, changes: Mapping[str, Any], settings: Mapping[str, str], init_weights: Path | None
 ) -> Protocol:
-    """The benchmark's protocol with what the user changed: values, and texts of values. Raises UserError."""
+    """The benchmark's protocol with what the user changed: values, and texts of values. Raises UserError.
+
+    The shortcut of a ResNet-20 is that of the weights, unless the user says which.
+    """
     own = get_benchmark(bench)
     fields = dataclasses.asdict(own)
     for key in settings:
@@ -108,6 +113,8 @@ def make_protocol(
     parsed = {key: parse_value(f"protocol.{key}", text, fields[key]) for key, text in settings.items()}
     if init_weights is not None:
         parsed["init_weights"] = _digest(init_weights)
+        if own.model == "resnet20" and "resnet_shortcut" not in {*changes, *parsed}:
+            parsed["resnet_shortcut"] = shortcut(read_weights(init_weights))
     return dataclasses.replace(own, **changes, **parsed)
 
 

@@ -1,6 +1,7 @@
 """What runs a prepared request: pretrain or load, unlearn with each method, evaluate, write."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,7 @@ from jaxunlearn.devices.configuration import computing, programs_kept
 from jaxunlearn.devices.processes import leads, meet
 from jaxunlearn.devices.sharding import fetch, make_mesh, place_seeds
 from jaxunlearn.errors import WriteError, one_line
+from jaxunlearn.evaluation.normalisations import LOW, better_normalisation
 from jaxunlearn.evaluation.predictions import BATCH_SIZE
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
@@ -39,6 +41,8 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         pretrained = run.given or _train_or_load(run, without=None)
         ahead.ready(EVALUATE)
         before = Scored(pretrained, _evaluate(run, pretrained))
+        if run.given is not None:
+            _check_normalisation(run, before)
         common = dict(run.timing)
         entries = {m.name: _unlearn_entries(run, m) for m in request.methods if m.name in run.unlearnings}
         unfinished = list(itertools.chain(*entries.values()))
@@ -60,6 +64,16 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
             for entry in unfinished:  # only now: after an interruption the methods that are done are not redone
                 discard(entry)
         meet()  # a process that ends takes the others with it
+
+
+def _check_normalisation(run: Prepared, before: Scored) -> None:
+    """Warns where the given weights were made for images of another mean and standard deviation."""
+    accuracy, models = before.metrics[0]["retain_acc"], before.models
+    if accuracy is None or accuracy >= LOW:
+        return  # nothing is compiled for a model that knows its test images
+    line = better_normalisation(run.network, run.request.protocol, models.params, models.batch_stats, run.train)
+    if line and leads():
+        warnings.warn(line, stacklevel=2)
 
 
 def _evaluate(run: Prepared, models: Models) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Models that are used as PyTorch's modules are."""
 
 import copy
+import dataclasses
 import difflib
 import functools
 import os
@@ -10,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxunlearn.benchmarks import get_benchmark
+from jaxunlearn.benchmarks import Protocol, get_benchmark
 from jaxunlearn.errors import UserError
 from jaxunlearn.models.network import Network, make_network
+from jaxunlearn.models.state_dicts import shortcut
 from jaxunlearn.models.torch_weights import TORCH_NAME, load_weights
+from jaxunlearn.models.weight_files import read_weights
 
 PyTree = Any
 
@@ -169,7 +172,7 @@ def replaced(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
 
 
 def resnet20(*, num_classes: int = 10, weights: str | os.PathLike[str] | None = None, seed: int = 0) -> Model:
-    """ResNet-20 in train mode: from a file of a PyTorch state_dict, or random.
+    """ResNet-20 in train mode: from a file of a PyTorch state_dict, which says which shortcut it has, or random.
 
     Raises UserError for a file that cannot be read or is not of this model.
     """
@@ -187,7 +190,10 @@ def mobilenet_v2(*, num_classes: int = 10, weights: str | os.PathLike[str] | Non
 
 
 def _make(bench: str, num_classes: int, weights: str | os.PathLike[str] | None, seed: int) -> Model:
-    network, key = _network(bench, num_classes), jax.random.key(seed)
+    protocol = get_benchmark(bench)
+    if weights is not None and protocol.model == "resnet20":
+        protocol = dataclasses.replace(protocol, resnet_shortcut=shortcut(read_weights(weights)))
+    network, key = _network(protocol, num_classes), jax.random.key(seed)
     if weights is None:
         return Model(network, *network.initialise(key), Generator(key))
     params, batch_stats = jax.eval_shape(network.initialise, key)
@@ -196,8 +202,8 @@ def _make(bench: str, num_classes: int, weights: str | os.PathLike[str] | None, 
 
 
 @functools.cache
-def _network(bench: str, num_classes: int) -> Network:
-    return jitted(make_network(get_benchmark(bench), num_classes))
+def _network(protocol: Protocol, num_classes: int) -> Network:
+    return jitted(make_network(protocol, num_classes))
 
 
 def jitted(network: Network) -> Network:

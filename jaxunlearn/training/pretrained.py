@@ -1,14 +1,18 @@
 """Models for a run; pretrained ones from given weights."""
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.devices.sharding import place_seeds
 from jaxunlearn.models.network import Network
+from jaxunlearn.models.state_dicts import normalisation
 from jaxunlearn.models.torch_weights import load_weights
+from jaxunlearn.models.weight_files import read_weights
 
 
 class Models(NamedTuple):
@@ -22,10 +26,22 @@ class Models(NamedTuple):
     attempts: list[int]  # at training it; 0 where it was given
 
 
-def given(path: Path, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:
-    """The weights in `path`, for every seed. Raises UserError where they do not fit the network."""
+def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:
+    """The weights in `path`, for every seed. Raises UserError where they do not fit the network.
+
+    Warns where they were made for images of another mean and standard deviation than the protocol's, and the file says
+    so.
+    """
     params, batch_stats = jax.eval_shape(network.initialise, jax.random.key(0))
     variables = load_weights(path, {"params": params, "batch_stats": batch_stats})
+    theirs, ours = normalisation(read_weights(path)), (protocol.mean, protocol.std)
+    if theirs is not None and not np.allclose(theirs, ours, rtol=0, atol=1e-3):
+        mean, std = (",".join(f"{value:.4g}" for value in values) for values in theirs)
+        warnings.warn(
+            f"{path}: the weights are for images of another mean and standard deviation than the protocol's: "
+            f"--set protocol.mean={mean} --set protocol.std={std}",
+            stacklevel=2,
+        )
     placed = place_seeds(jax.tree.map(lambda x: np.repeat(x[None], num_seeds, 0), variables), mesh)
     return Models(
         placed["params"],
