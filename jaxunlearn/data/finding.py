@@ -130,6 +130,9 @@ def _candidates(place: Path, source: Source) -> Iterator[_Candidate]:
 
 
 def _at_file(path: Path, source: Source) -> Iterator[_Candidate]:
+    if _is_prepared(path.parent, source):
+        yield _of_prepared(path.parent, source, expected=True)
+        return
     for layout in source.layouts:
         if published_name(path.name) in layout.names:
             copies = _copies(path.parent, _entries(path.parent)[0], layout)
@@ -150,11 +153,10 @@ def _below(place: Path, source: Source) -> Iterator[tuple[_Candidate, Layout | N
         prepared = None
         if folder.name == source.tfds_name:
             prepared = tfds_source.find_prepared(folder.parent, source.tfds_name)
-        elif folder == place and folder.parent.name == source.tfds_name and "dataset_info.json" in files:
+        elif folder == place and _is_prepared(folder, source):
             prepared = folder
         if prepared:
-            read = partial(tfds_source.read_prepared, prepared, source.num_classes, source.shape)
-            yield _Candidate(prepared, read, expected=place in (folder, folder.parent)), None
+            yield _of_prepared(prepared, source, expected=place in (folder, folder.parent)), None
         archives += [folder / name for name in files if _may_be_an_archive(name)]
     for archive in archives[:MAX_ARCHIVES]:
         held = names_in(archive)
@@ -209,6 +211,15 @@ def _copies(folder: Path, files: Sequence[str], layout: Layout) -> Copies:
         name: [folder / file for file in dict.fromkeys((name, f"{name}.gz", *found)) if file in found][:MAX_COPIES]
         for name, found in copies.items()
     }
+
+
+def _is_prepared(folder: Path, source: Source) -> bool:
+    return folder.parent.name == source.tfds_name and isfile(folder / "dataset_info.json")
+
+
+def _of_prepared(folder: Path, source: Source, expected: bool) -> _Candidate:
+    read = partial(tfds_source.read_prepared, folder, source.num_classes, source.shape)
+    return _Candidate(folder, read, expected)
 
 
 def _of_archive(archive: Path, layout: Layout, source: Source, expected: bool) -> _Candidate:
