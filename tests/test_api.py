@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,7 +177,7 @@ def test_every_flag_is_a_keyword():
         ({"devices": 1000}, "--devices 1000"),
         ({"init_weights": "absent.npz"}, "absent.npz: no such file"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing(run, tmp_path, options, said):
     with pytest.raises(UserError) as caught:

@@ -146,6 +146,7 @@ def zipped(*names):
         (zipped("a.npy")[:-30], "only part of a file"),
         (bytes(99), "it is no file of weights"),
     ],
+    ids=lambda value: value if isinstance(value, str) else repr(value[:4]),
 )
 def test_what_a_file_is_instead_is_named(tmp_path, content, said):
     (tmp_path / "weights.pth").write_bytes(content)
