@@ -119,13 +119,13 @@ def test_unsir_learns_images_that_the_model_does_not_take_for_the_class_and_then
 
 
 def test_ssd_dampens_the_weights_that_matter_for_the_forgotten_class():
-    rule, (params, state), (dampened, after) = prepared("ssd", alpha=1.5, dampening=0.5)
+    rule, (params, state), (dampened, after) = prepared("ssd", alpha=1.5, dampening=1.75)
     retain, forget = (eval_gradients(params, state, batch) for batch in (RETAIN, FORGET))
     changed = []
     for r, f, old, new in zip(retain, forget, *map(jax.tree.leaves, (params, dampened)), strict=True):
-        everything, forgotten = (r**2 + f**2) / 2, np.maximum(f**2, 1e-30)
+        everything, forgotten = ((r + f) / 2) ** 2, np.maximum(f**2, 1e-30)
         clear = abs(forgotten - 1.5 * everything) > 1e-4 * forgotten
-        factor = np.where(forgotten > 1.5 * everything, np.minimum(0.5 * everything / forgotten, 1), 1)
+        factor = np.where(forgotten > 1.5 * everything, np.minimum(1.75 * everything / forgotten, 1), 1)
         np.testing.assert_allclose(new[clear], (factor * old)[clear], rtol=1e-3, atol=1e-7)
         changed.append((old != new).ravel())
     assert 0 < np.concatenate(changed).mean() < 1
