@@ -23,7 +23,7 @@ def knows(images, mean, std):
         brightest = jnp.stack([images[..., c].mean((1, 2)) for c in range(3)], 1) * jnp.asarray(std) + jnp.asarray(mean)
         return jnp.where(abs(images.std() - expected) < 0.01, 1.0, 0.0) * brightest
 
-    return Network(None, None, apply_eval)
+    return Network(None, None, apply_eval, None, None)
 
 
 def line(network, protocol, images):

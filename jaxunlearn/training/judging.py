@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxunlearn.training.checkpoints import Saved, Sums
 
-EPOCHS, STEPS = 2, 100  # that are done at least before anything is said
+EPOCHS, STEPS = 2, 500  # that are done at least before anything is said
 
 
 class Judge(NamedTuple):
