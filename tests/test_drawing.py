@@ -1,6 +1,8 @@
 """Draws of Python's and NumPy's random numbers: which are seen."""
 
+import cProfile
 import random
+import sys
 import tempfile
 from random import gauss
 
@@ -52,4 +54,18 @@ def test_what_draws_none_or_for_itself_is_let_alone(tmp_path):
         jax.make_jaxpr(lambda key: jax.random.normal(key, (3,)))(jax.random.key(0))
         tempfile.mktemp(dir=tmp_path)
         isinstance(3, np.random.bit_generator.SeedSequence)
+        exec(compile("random.random(), np.random.PCG64(3)", "/env/site-packages/other/jitter.py", "eval"), globals())
+        exec(compile("random.getrandbits(8)", "<@beartype(step) at 0x7f>", "eval"), globals())
     assert found == set()
+
+
+def test_a_profiler_of_the_users_is_let_alone():
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        with watched_draws() as found:
+            GENERATOR.normal()
+        len("")  # would fail if the profiler were not as it was
+    finally:
+        profiler.disable()
+    assert found == {"numpy.random"} and sys.getprofile() is None

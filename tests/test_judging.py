@@ -13,10 +13,12 @@ from tiny import assert_close
 
 from jaxunlearn.data.datasets import load
 from jaxunlearn.errors import UserError
+from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.results.tables import print_results, summarize
-from jaxunlearn.runs import preparation
-from jaxunlearn.training import judging
+from jaxunlearn.runs import preparation, running
+from jaxunlearn.runs.preparation import prepare
+from jaxunlearn.training import judging, resuming, saving
 from jaxunlearn.training.checkpoints import Position, Saved
 from jaxunlearn.training.judging import judge_of
 from jaxunlearn.training.pretraining import Pretraining
@@ -80,6 +82,7 @@ def test_what_counts_as_learning_nothing():
     assert not judge.untrained(saved([chance, 2 * chance], [dead, dead]))
     assert not judge.untrained(saved([chance, chance], [dead, 0.95 * dead]))
     assert judge.untrained(saved([None, chance], [None, dead]))
+    assert judge_of(np.ones(9, np.int32), steps=387, epochs=80) is None
     for unknown in ([], [chance], [chance, None]):
         assert not judge.untrained(saved(unknown, [dead, dead]))
     assert not judge.untrained(None)
@@ -111,6 +114,7 @@ def test_one_attempt_gives_the_row_as_it_is(tmp_path, dying, monkeypatch):
     first, second = results(request_of(tmp_path, seeds=(1, 2), attempts=1, protocol=LONGER))
     assert (first["status"], first["untrained_in"], second["status"]) == ("untrained", "pretrain", "ok")
     assert first["retain_acc"] == pytest.approx(1 / 9, abs=0.03)  # one answer for all
+    assert (first["retain_acc"], first["collapsed"]) == (first["before"]["retain_acc"], False)
     monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained on"))
     monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))
     (again,) = results(request_of(tmp_path, seeds=(1,), attempts=1, protocol=LONGER))
@@ -139,6 +143,40 @@ def test_an_interrupted_run_comes_to_the_same_attempts_and_bits(tmp_path, dying,
     found = results(request_of(tmp_path, seeds=(1, 2), protocol=LONGER))
     assert list(map(numbers, found)) == list(map(numbers, undisturbed))
     assert [record["attempts"] for record in found] == [{"pretrain": 2}, {"pretrain": 1}]
+
+
+@pytest.mark.slow
+def test_what_is_unlearned_is_of_the_attempt_that_it_starts_from(tmp_path, dying, monkeypatch):
+    dying(("pretrain", 1, 0))
+    undisturbed = results(request_of(tmp_path / "whole", seeds=(1, 2), protocol=LONGER))
+    request = request_of(tmp_path, method="retain_finetune scrub", seeds=(1, 2), protocol=LONGER, attempts=1)
+    found = running.results(prepare(request, Reporter(quiet=True)))
+    next(found), next(found)  # the first method is done, and its end still in the cache
+    found.close()
+    again = results(request_of(tmp_path, seeds=(1, 2), protocol=LONGER))
+    assert list(map(numbers, again)) == list(map(numbers, undisturbed))
+
+
+def test_an_epoch_of_which_a_part_is_unknown_is_unknown():
+    metrics = {"loss": np.float32([1, 2])}
+    assert saving._added({}, metrics, Position(1, 0)) == {"loss": [None, 3.0]}
+    assert saving._added({"loss": [5.0]}, metrics, Position(1, 0)) == {"loss": [5.0, 3.0]}
+    assert saving._added({"loss": [5.0, 4.0]}, metrics, Position(1, 7)) == {"loss": [5.0, 7.0]}
+    assert saving._added({"loss": [5.0]}, metrics, Position(1, 7)) == {"loss": [5.0, None]}
+    assert saving._added({}, {"loss": np.float32([np.inf])}, Position(0, 0)) == {"loss": [None]}
+
+
+def test_seeds_that_fell_behind_first_come_as_far_as_those_that_wait():
+    judge = judge_of(np.arange(10), steps=250, epochs=6)
+    good = saved([0, 250, 250], [0, 1, 1], 2)
+    behind = good._replace(position=Position(1, 3))
+    assert resuming._next([good, None], [1, 0], judge, 6) == (2, [[1]])
+    assert resuming._next([good, behind, None], [0, 0, 0], judge, 6) == (2, [[1], [2]])
+    assert resuming._next([good, good], [0, 1], judge, 6) == (6, [[0, 1]])
+    assert resuming._next([behind, None], [0, 0], judge, 6) == (6, [[0], [1]])
+    dead = saved([0, 25], [0, 250 * math.log(10)], 2)
+    assert resuming._next([dead, good], [4, 0], judge, 6) == (6, [[1]])
+    assert resuming._next([dead, good._replace(position=Position(6, 0))], [4, 0], judge, 6) == (6, [])
 
 
 def test_attempts_are_at_least_one(tmp_path):

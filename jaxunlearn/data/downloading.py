@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.files import acquire, make_lock
 
 TIMEOUT = 10.0, 30.0  # seconds without a connection, without a byte
 TRIES = 4  # in a row that bring nothing
@@ -66,12 +66,10 @@ def download(name: str, folder: Path, advice: str, progress: bool) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    lock, remedy = make_lock(path), "choose another --cache-dir"
+    if not acquire(lock, 0, remedy):
         warnings.warn(f"another process downloads to {path.parent}: waiting for it to finish", stacklevel=5)
-        lock.acquire()
+        acquire(lock, -1, remedy)
     try:
         yield
     finally:

@@ -29,7 +29,6 @@ from jaxunlearn.models.weight_files import kind_of, read_weights
 LISTED = 5  # of what a message names
 
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-_PREFIXES = ("module.", "_orig_mod.")
 _OTHER_NAMES = ((re.compile(r"^fc\."), "linear."), (re.compile(r"\.downsample\."), ".shortcut."))
 
 

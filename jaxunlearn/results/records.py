@@ -54,7 +54,7 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
     """Stores `record` as indented JSON, atomically: `path` holds the old record or the new one, whole, at any time.
 
     An old record is replaced if `force`, or if it has the same protocol and hyperparameters and is not better: in
-    status ("ok" is better than "diverged"), or as one of the official images where the new one is of others.
+    status ("ok" is better than any other), or as one of the official images where the new one is of others.
 
     Returns:
       Whether the record was written; False means the old one was kept.

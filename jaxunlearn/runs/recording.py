@@ -37,6 +37,8 @@ def make_record(
     diverged_at = _diverged(before.models.diverged[index], after.models.diverged[index], metrics)
     metrics = diverged_metrics() if diverged_at else metrics
     untrained_in = _untrained(method, before.models.untrained[index], after.models.untrained[index])
+    if untrained_in == "pretrain":  # as it is, whatever became of it beside others
+        metrics, unlearn_s, diverged_at = before.metrics[index], 0.0, None
     attempts = {"pretrain": before.models.attempts[index]}
     attempts |= {RETRAIN: after.models.attempts[index]} if method.name == RETRAIN else {}
     seconds = {
@@ -49,7 +51,7 @@ def make_record(
     }
     throughput = {
         "pretrain_images_per_s": images / pretrain_s if pretrain_s and untrained_in != "pretrain" else None,
-        "unlearn_steps_per_s": steps / unlearn_s if unlearn_s else None,
+        "unlearn_steps_per_s": steps / unlearn_s if unlearn_s and not untrained_in else None,
     }
     return {
         "bench": request.bench,
@@ -57,7 +59,7 @@ def make_record(
         "seed": request.seeds[index],
         **metrics,
         "before": before.metrics[index],
-        "unlearn_steps": steps,
+        "unlearn_steps": 0 if untrained_in else steps,
         "protocol": dataclasses.asdict(request.protocol),
         "hyperparameters": method.hyperparameters,
         "dataset": {"digest": run.digest, "verified": run.verified},
@@ -68,7 +70,7 @@ def make_record(
         "diverged_at": diverged_at,
         "untrained_in": untrained_in,
         "attempts": attempts,
-        "collapsed": has_collapsed(before.metrics[index], metrics),
+        "collapsed": not untrained_in and has_collapsed(before.metrics[index], metrics),
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

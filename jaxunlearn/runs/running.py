@@ -44,7 +44,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         if run.given is not None:
             _check_normalisation(run, before)
         common = dict(run.timing)
-        entries = {m.name: _unlearn_entries(run, m) for m in request.methods if m.name in run.unlearnings}
+        entries = {m.name: _unlearn_entries(run, m, pretrained) for m in request.methods if m.name in run.unlearnings}
         unfinished = list(itertools.chain(*entries.values()))
         stack.enter_context(locked(unfinished))  # all at once: two processes must not wait for each other
         for method in request.methods:
@@ -144,9 +144,12 @@ def _unlearn(run: Prepared, method: Method, entries: Sequence[Entry], pretrained
     return _to_the_end(run, start, entries, method.name)
 
 
-def _unlearn_entries(run: Prepared, method: Method) -> list[Entry]:
+def _unlearn_entries(run: Prepared, method: Method, pretrained: Models) -> list[Entry]:
     request = run.request
-    return [unlearn_entry(request.cache_dir, request.protocol, run.digest, seed, method) for seed in request.seeds]
+    return [
+        unlearn_entry(request.cache_dir, request.protocol, run.digest, seed, method, max(0, attempts - 1))
+        for seed, attempts in zip(request.seeds, pretrained.attempts, strict=True)
+    ]
 
 
 def _to_the_end(

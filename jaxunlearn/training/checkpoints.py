@@ -91,10 +91,16 @@ def pretrain_entry(
     return _entry(cache_dir / "pretrained", f"{protocol.model}-{protocol.dataset}{kind}-seed{seed}{again}", about)
 
 
-def unlearn_entry(cache_dir: Path, protocol: Protocol, digest: str, seed: int, method: Method) -> Entry:
-    """The entry of a model that `method` is unlearning. A rule whose file has changed since starts afresh."""
+def unlearn_entry(
+    cache_dir: Path, protocol: Protocol, digest: str, seed: int, method: Method, attempt: int = 0
+) -> Entry:
+    """The entry of a model that `method` is unlearning. A rule whose file has changed since starts afresh.
+
+    `attempt` is that of the pretrained model, from 0.
+    """
     about = dataclasses.asdict(protocol) | {"digest": digest, "seed": seed}
     about |= {"method": method.name, "hyperparameters": method.hyperparameters, "source": method.source}
+    about |= {"attempt": attempt} if attempt else {}
     return _entry(cache_dir / "unlearning", f"{method.name}-{protocol.model}-{protocol.dataset}-seed{seed}", about)
 
 
@@ -163,8 +169,12 @@ def _choose(entries: Sequence[Entry]) -> list[Position | None]:
 
 
 def sums_at(entry: Entry, position: Position) -> Sums:
-    """Those of a checkpoint that is the entry's newest; empty where it is not, or cannot be read."""
+    """Those of a checkpoint that is the entry's newest; empty where it is not or cannot be read, and where an entry
+    that was being saved with it is not as far."""
     if max(entry.positions, default=None) != position:
+        return {}
+    others = (entry._replace(folder=entry.folder.with_name(name)) for name in _saved_with(entry, position)[0])
+    if any(max(other.positions, default=position) < position for other in others):
         return {}
     try:
         return (_orbax().metadata(entry.path(position)).custom_metadata or {}).get("sums", {})

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
 STANDARD_LIBRARY = str(Path(random.__file__).parent)
-OTHERS = ("/jax/", "/jaxlib/", "/flax/", "/optax/")
+INSTALLED = ("/site-packages/", "/dist-packages/")
 MAKES_A_GENERATOR = abc.ABCMeta.__instancecheck__.__code__  # with `ISeedSequence`: NumPy looks at the seed
 
 
@@ -23,7 +23,8 @@ def watched_draws() -> Iterator[set[str]]:
     """Yields a set; at the end it has the modules, "random" or "numpy.random", with which this thread drew inside.
 
     Seen is every draw of Python's, every generator of NumPy's that is made inside, and a draw of each that was there
-    before. What the standard library or JAX draw for themselves, as for names of files, does not count.
+    before. What installed packages draw or make for themselves, as for names of files, does not count. Under a profiler
+    only the last of the three is seen.
     """
     found: set[str] = set()
 
@@ -31,25 +32,27 @@ def watched_draws() -> Iterator[set[str]]:
         if event == "c_call":
             if isinstance(getattr(called, "__self__", None), random.Random) and not _of_others(frame):
                 found.add("random")
-        elif event == "call" and frame.f_code is MAKES_A_GENERATOR and frame.f_locals.get("cls") is ISeedSequence:
-            found.add("numpy.random")
+        elif event == "call" and frame.f_code is MAKES_A_GENERATOR:
+            if frame.f_locals.get("cls") is ISeedSequence and not _of_others(frame.f_back):
+                found.add("numpy.random")
 
     # NumPy's methods are none that a profiler sees.
     generators = [x for x in gc.get_objects() if issubclass(type(x), np.random.BitGenerator)]
-    states, before = [repr(x.state) for x in generators], sys.getprofile()
-    sys.setprofile(see)
+    states, profiled = [repr(x.state) for x in generators], sys.getprofile() is not None
+    if not profiled:  # one that is no Python function could not be put back
+        sys.setprofile(see)
     try:
         yield found
     finally:
-        sys.setprofile(before)
+        if not profiled:
+            sys.setprofile(None)
         if states != [repr(x.state) for x in generators]:
             found.add("numpy.random")
 
 
 def _of_others(frame: FrameType | None) -> bool:
-    """Whether who called `random` is not the user."""
-    while frame and frame.f_code.co_filename == random.__file__:
+    """Whether who drew is no code of the user's: of an installed package, or made by one, as beartype's checks are."""
+    while frame and frame.f_code.co_filename in (random.__file__, abc.__file__):
         frame = frame.f_back
     file = frame.f_code.co_filename if frame else ""
-    installed = any(part in file for part in ("/site-packages/", "/dist-packages/"))
-    return any(name in file for name in OTHERS) if installed else file.startswith(STANDARD_LIBRARY)
+    return file.startswith((STANDARD_LIBRARY, "<@", "<frozen")) or any(part in file for part in INSTALLED)

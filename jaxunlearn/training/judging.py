@@ -36,15 +36,16 @@ class Judge(NamedTuple):
 
 
 def judge_of(labels: np.ndarray, steps: int, epochs: int) -> Judge | None:
-    """The judge of so many epochs of `steps` on images with these labels, i32[N]; None where they are too few.
+    """The judge of so many epochs of `steps` on images with these labels, i32[N]; None where they are too few,
+    or all images of one class.
 
     The best that one answer for all images can do is the commonest label's share right, and a loss of the labels'
     entropy (nats). Nothing is learned within three standard errors of the first and half a percent of the other.
     """
     epoch = max(EPOCHS, math.ceil(STEPS / steps))
-    if epoch > epochs:
-        return None
     shares = np.bincount(labels) / len(labels)
     shares = shares[shares > 0]
+    if epoch > epochs or len(shares) == 1:
+        return None
     chance, entropy = float(shares.max()), float(-(shares * np.log(shares)).sum())
     return Judge(epoch, steps, chance + 3 * math.sqrt(chance * (1 - chance) / len(labels)), 0.995 * entropy)

@@ -131,8 +131,11 @@ def _next(
     positions = [one.position if one else Position(0, 0) for one in saved]
     diverged = [one is not None and one.diverged is not None for one in saved]
     to_go = [i for i in range(len(saved)) if not (judge and judge.untrained(saved[i]))]
-    # Those that were drawn again first come as far as the others, to go on together with them.
-    late = [i for i in to_go if judge and attempts[i] and positions[i].epoch < judge.epoch and not diverged[i]]
+    # Those that were drawn again, or fell behind, first come as far as the others, to go on together with them.
+    waiting = any(judge and positions[i] == (judge.epoch, 0) for i in to_go)
+    late = [
+        i for i in to_go if judge and (attempts[i] or waiting) and positions[i].epoch < judge.epoch and not diverged[i]
+    ]
     until = judge.epoch if judge and late else epochs
     groups: dict[Position, list[int]] = {}
     for i in late or to_go:

@@ -82,7 +82,7 @@ class Saving:
         if metrics:
             each = [{name: values[i] for name, values in metrics.items()} for i in range(len(self._entries))]
             pairs = zip(self._entered, each, strict=True)
-            self.sums = [_added(sums, own, self.position.epoch) for sums, own in pairs]
+            self.sums = [_added(sums, own, self.position) for sums, own in pairs]
         first = self.position.epoch * self._steps + self.position.step
         for i, losses in enumerate(metrics.get("loss", ())):
             wild = np.flatnonzero(~np.isfinite(losses))
@@ -119,13 +119,14 @@ class Saving:
         return sum(self._timing.get(name, 0.0) for name in ("compile_s", "checkpoint_s"))
 
 
-def _added(sums: Sums, metrics: Mapping[str, np.ndarray], epoch: int) -> Sums:
-    """The sums with what the steps of an epoch add, one after the other: wherever it was cut, the same bits."""
+def _added(sums: Sums, metrics: Mapping[str, np.ndarray], entered: Position) -> Sums:
+    """The sums with what the steps since a position add, one by one: wherever an epoch was cut, the same bits."""
     result = dict(sums)
     for name, values in metrics.items():
-        own = [*sums.get(name, ()), *[None] * epoch][: max(epoch, len(sums.get(name, ())))]
-        total: float | None = 0.0
-        if len(own) > epoch:
+        known = sums.get(name, [])
+        own = [*known, *[None] * (entered.epoch - len(known))]
+        total: float | None = None if entered.step else 0.0
+        if len(own) > entered.epoch:
             total = own.pop()
         for value in values.tolist():
             total = None if total is None else total + value
