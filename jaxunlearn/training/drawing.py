@@ -30,11 +30,12 @@ def watched_draws() -> Iterator[set[str]]:
 
     def see(frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
-            if isinstance(getattr(called, "__self__", None), random.Random) and not _of_others(frame):
-                found.add("random")
-        elif event == "call" and frame.f_code is MAKES_A_GENERATOR:
-            if frame.f_locals.get("cls") is ISeedSequence and not _of_others(frame.f_back):
-                found.add("numpy.random")
+            drawer = frame if isinstance(getattr(called, "__self__", None), random.Random) else None
+        else:
+            made = event == "call" and frame.f_code is MAKES_A_GENERATOR and frame.f_locals.get("cls") is ISeedSequence
+            drawer = frame.f_back if made else None
+        if drawer and not _of_others(drawer):
+            found.add("random" if event == "c_call" else "numpy.random")
 
     # NumPy's methods are none that a profiler sees.
     generators = [x for x in gc.get_objects() if issubclass(type(x), np.random.BitGenerator)]
@@ -52,7 +53,7 @@ def watched_draws() -> Iterator[set[str]]:
 
 def _of_others(frame: FrameType | None) -> bool:
     """Whether who drew is no code of the user's: of an installed package, or made by one, as beartype's checks are."""
-    while frame and frame.f_code.co_filename in (random.__file__, abc.__file__):
+    while frame and frame.f_code.co_filename == random.__file__:
         frame = frame.f_back
     file = frame.f_code.co_filename if frame else ""
     return file.startswith((STANDARD_LIBRARY, "<@", "<frozen")) or any(part in file for part in INSTALLED)
