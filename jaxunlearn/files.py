@@ -12,6 +12,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from jaxunlearn.errors import UserError
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say that have none
+LOCK_REMEDY = "choose another --cache-dir"  # where what is to be locked is in the cache
 
 
 def write_atomically(path: Path, content: bytes) -> None:

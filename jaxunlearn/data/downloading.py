@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxunlearn.errors import UserError, one_line
-from jaxunlearn.files import acquire, make_lock
+from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock
 
 TIMEOUT = 10.0, 30.0  # seconds without a connection, without a byte
 TRIES = 4  # in a row that bring nothing
@@ -66,10 +66,10 @@ def download(name: str, folder: Path, advice: str, progress: bool) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock, remedy = make_lock(path), "choose another --cache-dir"
-    if not acquire(lock, 0, remedy):
+    lock = make_lock(path)
+    if not acquire(lock, 0, LOCK_REMEDY):
         warnings.warn(f"another process downloads to {path.parent}: waiting for it to finish", stacklevel=5)
-        acquire(lock, -1, remedy)
+        acquire(lock, -1, LOCK_REMEDY)
     try:
         yield
     finally:

@@ -45,7 +45,11 @@ def load_weights(path: str | os.PathLike[str], variables: Any) -> dict[str, Any]
     Raises:
       UserError: in one line, where the file cannot be read or does not fit.
     """
-    arrays = read_weights(path)
+    return fit_weights(path, read_weights(path), variables)
+
+
+def fit_weights(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], variables: Any) -> dict[str, Any]:
+    """`load_weights` of what `read_weights` has read from `path` already."""
     try:
         return from_state_dict(arrays, variables, ordered=kind_of(Path(path)) != "safetensors")
     except UserError as error:

@@ -17,7 +17,7 @@ from jaxunlearn.devices.processes import all_or_none, check_agreement, leads
 from jaxunlearn.devices.sharding import make_mesh, place_shared
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.predictions import Evaluator
-from jaxunlearn.files import check_lockable, check_writable
+from jaxunlearn.files import LOCK_REMEDY, check_lockable, check_writable
 from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.ops import native
 from jaxunlearn.progress import Reporter
@@ -27,7 +27,6 @@ from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.checking import check_rule
-from jaxunlearn.training.checkpoints import LOCK_REMEDY
 from jaxunlearn.training.loop import Timing, batch_sizes
 from jaxunlearn.training.pretrained import Models, given
 from jaxunlearn.training.unlearning import Split, Unlearning, make_context

@@ -15,7 +15,7 @@ from jaxunlearn.benchmarks import Protocol, get_benchmark
 from jaxunlearn.errors import UserError
 from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.models.state_dicts import shortcut
-from jaxunlearn.models.torch_weights import TORCH_NAME, load_weights
+from jaxunlearn.models.torch_weights import TORCH_NAME, fit_weights
 from jaxunlearn.models.weight_files import read_weights
 
 PyTree = Any
@@ -191,13 +191,14 @@ def mobilenet_v2(*, num_classes: int = 10, weights: str | os.PathLike[str] | Non
 
 def _make(bench: str, num_classes: int, weights: str | os.PathLike[str] | None, seed: int) -> Model:
     protocol = get_benchmark(bench)
-    if weights is not None and protocol.model == "resnet20":
-        protocol = dataclasses.replace(protocol, resnet_shortcut=shortcut(read_weights(weights)))
+    arrays = None if weights is None else read_weights(weights)
+    if arrays is not None and protocol.model == "resnet20":
+        protocol = dataclasses.replace(protocol, resnet_shortcut=shortcut(arrays))
     network, key = _network(protocol, num_classes), jax.random.key(seed)
-    if weights is None:
+    if weights is None or arrays is None:
         return Model(network, *network.initialise(key), Generator(key))
     params, batch_stats = jax.eval_shape(network.initialise, key)
-    variables = load_weights(weights, {"params": params, "batch_stats": batch_stats})
+    variables = fit_weights(weights, arrays, {"params": params, "batch_stats": batch_stats})
     return Model(network, variables["params"], variables["batch_stats"], Generator(key))
 
 

@@ -23,12 +23,11 @@ from orbax import checkpoint as orbax
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, Protocol
 from jaxunlearn.devices.processes import anywhere, leads
 from jaxunlearn.errors import one_line
-from jaxunlearn.files import acquire, make_lock
+from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock
 from jaxunlearn.registry import Method
 
 FORMAT = 3  # raise by hand when what a checkpoint means changes: older entries are then never used
 DISCARDED = ".discarded"
-LOCK_REMEDY = "choose another --cache-dir"
 
 Leaves = dict[str, np.ndarray]  # by place in the state, such as "params/conv1/kernel"
 

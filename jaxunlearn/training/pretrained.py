@@ -11,7 +11,7 @@ from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.devices.sharding import place_seeds
 from jaxunlearn.models.network import Network
 from jaxunlearn.models.state_dicts import normalisation
-from jaxunlearn.models.torch_weights import load_weights
+from jaxunlearn.models.torch_weights import fit_weights
 from jaxunlearn.models.weight_files import read_weights
 
 
@@ -33,8 +33,9 @@ def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh
     so.
     """
     params, batch_stats = jax.eval_shape(network.initialise, jax.random.key(0))
-    variables = load_weights(path, {"params": params, "batch_stats": batch_stats})
-    theirs, ours = normalisation(read_weights(path)), (protocol.mean, protocol.std)
+    arrays = read_weights(path)
+    variables = fit_weights(path, arrays, {"params": params, "batch_stats": batch_stats})
+    theirs, ours = normalisation(arrays), (protocol.mean, protocol.std)
     if theirs is not None and not np.allclose(theirs, ours, rtol=0, atol=1e-3):
         mean, std = (",".join(f"{value:.4g}" for value in values) for values in theirs)
         warnings.warn(

@@ -85,7 +85,7 @@ def train(
     abstract, judge = whole.training.abstract(), redraw.judge if redraw else None
     shapes = leaves_of(jax.eval_shape(key_data, abstract))
     attempts = _attempts(redraw, len(seeds))
-    entries = [redraw.entry(i, attempts[i]) if redraw and attempts[i] else entry for i, entry in enumerate(entries)]
+    entries = [redraw.entry(i, attempts[i]) if redraw else entry for i, entry in enumerate(entries)]
     saved = _load(entries, shapes)
 
     def advance(group: list[int], until: int) -> None:
