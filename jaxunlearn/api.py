@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxunlearn.benchmarks import ATTEMPTS
+from jaxunlearn.benchmarks import ATTEMPTS, EVALUATIONS
 from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.files import default_cache
 
@@ -55,6 +55,10 @@ def run(
     deterministic: bool = False,
     save_every: float = 120.0,
     attempts: int = ATTEMPTS,
+    unlearn_seeds: int = 1,
+    against_retrain: bool | None = None,
+    evaluate: str = EVALUATIONS[0],
+    keep_predictions: bool = False,
     force: bool = False,
     quiet: bool = False,
     **protocol: Any,
@@ -68,7 +72,7 @@ def run(
     Args:
       bench: the benchmark's name, such as "resnet20-digits-class0".
       methods: names, rule files, or rules themselves: functions as `loss_rule` makes them, classes with an
-        `unlearn_step`. None: the four baselines. Nobody can say what a function depends on, so an interrupted
+        `unlearn_step`. None: the four baselines and the output mask. Nobody can say what a function depends on, so an interrupted
         unlearning by one starts again at its first step.
       seeds: several train together; "0-7" is understood too.
       set: hyperparameters, such as {"scrub.temperature": 2}.
@@ -81,6 +85,11 @@ def run(
       deterministic: the same bits from the same call on a GPU too, if JAX has not been used before; slower there.
       save_every: seconds between two checkpoints of what is training.
       attempts: at most so many at pretraining a seed that learns nothing; with 1 it is taken as it is.
+      unlearn_seeds: so many unlearnings of each original, with random numbers of their own.
+      against_retrain: train `retrain` too, or take it from the cache, and measure how far each method is from it; None:
+        where that takes seconds.
+      evaluate: "basic", or "full": also a linear probe, relearning and a support vector attack.
+      keep_predictions: write what each model says of each image beside its record.
       force: overwrite records of other settings and better ones.
       quiet: no progress on a terminal.
       protocol: any field of `jaxunlearn.benchmarks.Protocol`, such as pretrain_epochs=1 or unlearn_lr=1e-4.
@@ -92,11 +101,13 @@ def run(
     from jaxunlearn.devices.configuration import request_devices, restored, within_memory
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
-    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, settled
+    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, settled, with_retrain
     from jaxunlearn.runs.running import results
 
-    if not (isinstance(save_every, int | float) and isinstance(devices, int | None) and isinstance(attempts, int)):
-        raise UserError(f"save_every {save_every!r}, devices {devices!r}, attempts {attempts!r}: they must be numbers")
+    numbers = {"save_every": save_every, "devices": devices or 1, "attempts": attempts, "unlearn_seeds": unlearn_seeds}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float if name == "save_every" else int):
+            raise UserError(f"{name} {value!r}: it must be a number")
     weights = _path("init_weights", init_weights)
     settings = _settings(set or {})
     fields = settings.pop("protocol", {}) | {name: _text(value) for name, value in protocol.items()}
@@ -108,7 +119,7 @@ def run(
         request = Request(
             bench=bench,
             protocol=settled(made, fields),
-            methods=get_methods(_methods(methods), settings),
+            methods=get_methods(_methods(methods), settings, with_retrain(bench, against_retrain)),
             seeds=chosen,
             out=_path("out", out) or Path("runs"),
             cache_dir=_path("cache_dir", cache_dir) or default_cache(),
@@ -119,6 +130,9 @@ def run(
             deterministic=deterministic,
             save_every=save_every,
             attempts=attempts,
+            unlearn_seeds=unlearn_seeds,
+            evaluate=evaluate,
+            keep_predictions=keep_predictions,
             force=force,
         )
         prepared = prepare(request, Reporter(quiet))
@@ -150,10 +164,12 @@ def _settings(given: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 def _text(value: Any) -> str:
     """A setting as it would be typed; NumPy's values as Python's."""
+    from jaxunlearn.registry import as_typed
+
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, tuple | list):
         value = tuple(item.tolist() if hasattr(item, "tolist") else item for item in value)
-    return value if isinstance(value, str) else repr(value)
+    return as_typed(value)
 
 
 def _path(name: str, given: str | Path | None) -> Path | None:

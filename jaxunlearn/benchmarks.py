@@ -18,8 +18,27 @@ CHOICES = {
     "pretrain_schedule": ("cosine", "constant"),
     "precision": ("fp32", "tf32", "bf16"),
 }
+# Fields of the protocol that have a flag of their own, and its help. `--set protocol.FIELD=VALUE` sets the others.
+FLAGS = {
+    "pretrain_epochs": "epochs of pretraining",
+    "unlearn_epochs": "epochs of unlearning",
+    "batch_size": "images a batch, over all devices",
+    "train_limit": "use this many training images, equally many of each class",
+    "forget_class": "index of the class to forget",
+    "epoch_length": "steps of an unlearning epoch: of the smaller set, or of the retain set",
+    "crop_padding": "what surrounds an image before the random crop",
+    "mobilenet_stride": "stride of MobileNetV2's 24-channel stage",
+    "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A); given weights bring their own",
+    "precision": "of the computation (default: fp32, on a GPU tf32); parameters and statistics stay fp32",
+}
+SWITCHES = {  # further ones, that only turn something on
+    "drop_last": "leave out partial last batches",
+    "mia_augment": "score by the attack that sees the forget-train images augmented",
+}
+EVALUATIONS = ("basic", "full")  # what is computed of each model
 MOST = 1_000_000  # epochs, and images a batch: steps compute with them in 32 bits
 MOST_SEEDS = 10_000  # that train together
+AGAINST_RETRAIN = ("resnet20-digits-class0",)  # benchmarks that retrain the reference unasked: it takes seconds
 ATTEMPTS = 5  # at most, at pretraining a seed that learns nothing
 
 
@@ -42,7 +61,7 @@ class Protocol:
     crop_pixels: int = 4  # I
     crop_padding: str = "zero"  # I  before normalisation; a sibling task reflects
     flip: bool = True  # I  FashionMNIST too
-    mia_augment: bool = False  # A  the attack sees clean forget-train images
+    mia_augment: bool = False  # A  the attack that scores sees clean forget-train images
 
     # Model variants.
     resnet_shortcut: str = "B"  # I  1x1 convolution + BatchNorm; "A" has no parameters; of given weights theirs

@@ -19,6 +19,8 @@ class Stream(enum.IntEnum):
     RULE = 5  # what a rule draws before its first step
     ATTACK = 6  # augmentation of the forget images, where the attack sees them augmented
     ATTEMPT = 7  # a seed's further attempts at pretraining, after one that learned nothing
+    RELEARN = 8  # the fresh row of the head and the batches, where a class is learned again
+    UNLEARN_SEED = 9  # further unlearnings of one original
 
 
 def stream_key(key: jax.Array, stream: Stream, *path: int | jax.Array) -> jax.Array:
@@ -35,10 +37,13 @@ def step_keys(key: jax.Array, stream: Stream, epoch: jax.Array, steps: int, uses
     return jax.vmap(lambda step: jax.random.split(jax.random.fold_in(own, step), uses))(jnp.arange(steps))
 
 
-def seed_keys(seeds: Sequence[int], attempts: Sequence[int] | None = None) -> jax.Array:
-    """The keys of `seeds`, an array of S keys; of their `attempts`, counted from 0, which is a seed's own key."""
+def seed_keys(
+    seeds: Sequence[int], attempts: Sequence[int] | None = None, unlearn_seeds: Sequence[int] | None = None
+) -> jax.Array:
+    """The keys of `seeds`, an array of S keys; of their `attempts` and `unlearn_seeds`, of which 0 is a seed's own."""
     keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
-    if attempts is None or not any(attempts):
-        return keys
-    again = jax.vmap(lambda key, attempt: stream_key(key, Stream.ATTEMPT, attempt))(keys, jnp.array(attempts))
-    return jnp.where(jnp.array(attempts) > 0, again, keys)
+    for stream, numbers in ((Stream.ATTEMPT, attempts), (Stream.UNLEARN_SEED, unlearn_seeds)):
+        if numbers is not None and any(numbers):
+            others = jax.vmap(stream_key, (0, None, 0))(keys, stream, jnp.array(numbers))
+            keys = jnp.where(jnp.array(numbers) > 0, others, keys)
+    return keys

@@ -28,8 +28,9 @@ from jaxunlearn.torch_style.advice import advice
 Named = str | Path | Callable[..., Any]  # a method as users name it: by name, by file, or itself
 
 BASELINES = ("retain_finetune", "negative_gradient", "bad_teacher", "scrub")
-LONGEST_TITLE = 180  # bytes of a file's name; file systems allow 255, of which a checkpoint's lock needs 63
+LONGEST_TITLE = 180  # bytes of a file's name; file systems allow 255, of which a checkpoint's lock needs 75
 RETRAIN = "retrain"  # the reference row: no rule, a model trained from scratch without the forgotten class
+REFERENCES = (RETRAIN, "output_mask")  # what others are compared with, above and below; none is a way to unlearn
 
 
 class Method(NamedTuple):
@@ -124,6 +125,11 @@ def parse_value(name: str, text: str, default: Any) -> Any:
     except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         expected = "true or false" if isinstance(default, bool) else f"a value like {default!r}"
         raise UserError(f"--set {name}={text}: expected {expected}") from None
+
+
+def as_typed(value: Any) -> str:
+    """The text that `parse_value` makes this value of."""
+    return value if isinstance(value, str) else repr(value)
 
 
 def _apply(title: str, defaults: dict[str, Any], settings: dict[str, str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxunlearn.benchmarks import ATTEMPTS, BENCHMARKS, CHOICES
+from jaxunlearn.benchmarks import AGAINST_RETRAIN, ATTEMPTS, BENCHMARKS, CHOICES, EVALUATIONS, FLAGS, SWITCHES
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import default_cache
 
@@ -18,21 +18,6 @@ if TYPE_CHECKING:
     from jaxunlearn.runs.preparation import Prepared
 
 INTERRUPTED = "interrupted: the same command goes on from the last checkpoint"
-
-# The protocol's fields that have a flag of their own, and its help. `--set protocol.FIELD=VALUE` sets the others.
-FLAGS = {
-    "pretrain_epochs": "epochs of pretraining",
-    "unlearn_epochs": "epochs of unlearning",
-    "batch_size": "images a batch, over all devices",
-    "train_limit": "use this many training images, equally many of each class",
-    "forget_class": "index of the class to forget",
-    "epoch_length": "steps of an unlearning epoch: of the smaller set, or of the retain set",
-    "crop_padding": "what surrounds an image before the random crop",
-    "mobilenet_stride": "stride of MobileNetV2's 24-channel stage",
-    "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A); given weights bring their own",
-    "precision": "of the computation (default: fp32, on a GPU tf32); parameters and statistics stay fp32",
-}
-SWITCHES = ("drop_last", "mia_augment")  # further ones, that only turn something on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +29,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         nargs="+",
         metavar="NAME|FILE.py",
-        help="methods by name, or files with your own (default: the four baselines)",
+        help="methods by name, or files with your own (default: the four baselines and the output mask)",
     )
     add(
         "--seeds", default="42", metavar="SEEDS", help="42, 0-7 or 1,5,9; several train together (default: %(default)s)"
+    )
+    add(
+        "--unlearn-seeds",
+        type=int,
+        default=1,
+        metavar="J",
+        help="unlearn each original J times, with random numbers of their own (default: %(default)s)",
+    )
+    add(
+        "--against-retrain",
+        action=argparse.BooleanOptionalAction,
+        help="train the reference that never saw the class too, or take it from the cache, and measure how far each "
+        f"method is from it (default: only for {', '.join(AGAINST_RETRAIN)})",
+    )
+    add(
+        "--evaluate",
+        choices=EVALUATIONS,
+        default=EVALUATIONS[0],
+        help="full: also a linear probe, relearning and a support vector attack (default: %(default)s)",
     )
     add(
         "--attempts",
@@ -72,10 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             protocol.add_argument(flag, choices=CHOICES[name], type=type(CHOICES[name][0]), help=text)
         else:
             protocol.add_argument(flag, type=int, metavar="N", help=text)
-    protocol.add_argument("--drop-last", action="store_true", default=None, help="leave out partial last batches")
-    protocol.add_argument(
-        "--mia-augment", action="store_true", default=None, help="the attack sees augmented forget-train images"
-    )
+    for name, text in SWITCHES.items():
+        protocol.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
     protocol.add_argument(
         "--init-weights",
         type=Path,
@@ -104,6 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="write each unlearned model as a .safetensors state_dict, named like its record",
+    )
+    where.add_argument(
+        "--keep-predictions",
+        action="store_true",
+        help="write what each model says of each image, log-probabilities in float16, beside its record as .npz",
     )
     where.add_argument(
         "--devices",
@@ -144,11 +151,21 @@ def run(args: argparse.Namespace) -> int:
     from jaxunlearn.devices.processes import join, keep_stdout_for_results, watched
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
-    from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, settled
+    from jaxunlearn.runs.request import (
+        Request,
+        get_methods,
+        make_protocol,
+        parse_seeds,
+        parse_settings,
+        settled,
+        with_retrain,
+    )
 
     if args.list:
         print("benchmarks:", *(f"  {name}" for name in BENCHMARKS), sep="\n")
-        print("methods:", *(f"  {name}" for name in registry.names()), f"  {registry.RETRAIN} (reference)", sep="\n")
+        names = (*registry.names(), registry.RETRAIN)
+        marks = {name: " (reference)" for name in registry.REFERENCES}
+        print("methods:", *(f"  {name}{marks.get(name, '')}" for name in names), sep="\n")
         return 0
     if not args.bench:
         raise UserError("name a benchmark with --bench (--list shows all)")
@@ -166,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
         request = Request(
             bench=args.bench,
             protocol=settled(protocol, changes),
-            methods=get_methods(args.method, settings),
+            methods=get_methods(args.method, settings, with_retrain(args.bench, args.against_retrain)),
             seeds=seeds,
             out=args.out,
             cache_dir=args.cache_dir,
@@ -177,6 +194,9 @@ def run(args: argparse.Namespace) -> int:
             deterministic=args.deterministic,
             save_every=args.save_every,
             attempts=args.attempts,
+            unlearn_seeds=args.unlearn_seeds,
+            evaluate=args.evaluate,
+            keep_predictions=args.keep_predictions,
             force=args.force,
         )
         _print_results(prepare(request, Reporter(args.quiet)), args.json)

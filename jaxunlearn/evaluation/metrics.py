@@ -14,6 +14,7 @@ METRICS = (
     "retain_acc",
     "forget_acc",
     "forget_mia_auc",
+    "forget_mia_auc_augmented",
     "unlearn_score",
     "symmetric_score",
     "forget_mia_auc_published",
@@ -61,10 +62,12 @@ def unlearning_metrics(
     forget_class: int,
     member_confidence: ArrayLike,
     non_member_confidence: ArrayLike,
+    augmented_confidence: ArrayLike,
+    augmented_scores: bool = False,
 ) -> dict[str, float]:
     """All metrics of one model, as fractions, in the order of `METRICS`.
 
-    With r = retain_acc, f = forget_acc and a = forget_mia_auc,
+    With r = retain_acc, f = forget_acc and a = forget_mia_auc, or forget_mia_auc_augmented with `augmented_scores`,
 
         unlearn_score   = (r + (1 - f) + (1 - a)) / 3                  the benchmark's score
         symmetric_score = (r + (1 - f) + (1 - 2 |a - 1/2|)) / 3        ours
@@ -79,6 +82,7 @@ def unlearning_metrics(
       forget_class: the label to forget.
       member_confidence: float[M], maximum softmax probability of every training image of the forget class.
       non_member_confidence: float[N], the same of every test image of the forget class.
+      augmented_confidence: float[M], the members' once they are cropped and flipped as in training.
 
     Raises:
       ValueError: a confidence is not finite (report `diverged_metrics` instead), or there is nothing to average.
@@ -90,8 +94,13 @@ def unlearning_metrics(
     if not forget.any() or forget.all():
         raise ValueError(f"the test labels need images of class {forget_class} and of other classes")
     retain_acc, forget_acc = float(correct[~forget].mean()), float(correct[forget].mean())
-    auc = mann_whitney_auc(member_confidence, non_member_confidence)
-    auc_published = published_auc(member_confidence, non_member_confidence)
+    clean, augmented = (
+        mann_whitney_auc(members, non_member_confidence) for members in (member_confidence, augmented_confidence)
+    )
+    auc = augmented if augmented_scores else clean
+    auc_published = published_auc(
+        augmented_confidence if augmented_scores else member_confidence, non_member_confidence
+    )
 
     def score(privacy: float) -> float:
         return (retain_acc + (1 - forget_acc) + privacy) / 3
@@ -99,7 +108,8 @@ def unlearning_metrics(
     values = (
         retain_acc,
         forget_acc,
-        auc,
+        clean,
+        augmented,
         score(1 - auc),
         score(1 - 2 * abs(auc - 0.5)),
         auc_published,

@@ -1,56 +1,85 @@
-"""Evaluation on the device: what a model says of the test images and of the forgotten class's training images."""
+"""Evaluation on the device: what models say of the test images and of training images, all seeds together."""
 
+import io
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import log_softmax
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images, augment, normalise
-from jaxunlearn.devices.sharding import place_seeds, place_shared, seed_shapes, shard_batch
-from jaxunlearn.evaluation.metrics import diverged_metrics, unlearning_metrics
+from jaxunlearn.devices.sharding import fetch, place_seeds, place_shared, seed_shapes, shard_batch
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
 from jaxunlearn.randomness import Stream, stream_key
 from jaxunlearn.training.loop import Chunk, EpochLoop, Timing
+from jaxunlearn.training.unlearning import Split
 
-BATCH_SIZE = 500  # images; BatchNorm is frozen, so it changes only speed and what `mia_augment` draws
+BATCH_SIZE = 500  # images; BatchNorm is frozen, so it changes only speed and what the attack's augmentation draws
+
+
+class Sets(NamedTuple):
+    """One value for each set of images that a model is asked about."""
+
+    test: Any
+    forget_train: Any  # the training images of the class to forget: the attack's members
+    augmented: Any  # the same, cropped and flipped as in training, once each
+    retain_train: Any  # as many of the other training images as there are test images, the first of the file
 
 
 class Predictions(NamedTuple):
-    """One row a seed, one column an image: the test images, then the members (the forget class's training images)."""
+    """What one model says: of each set, of N images, logits f32[N, classes] and perhaps features f32[N, width]."""
 
-    confidence: np.ndarray  # f32[S, N], maximum softmax probability
-    correct: np.ndarray  # bool[S, N], top-1 over all classes
-    finite: np.ndarray  # bool[S, N], whether every logit is finite
+    logits: Sets
+    features: Sets | None
+
+    def finite(self, forget_class: int) -> bool:
+        """Whether every logit is finite, or minus infinity for the class to forget: an answer that is ruled out."""
+        ruled_out = np.arange(self.logits.test.shape[1]) == forget_class
+        return all((np.isfinite(x) | (np.isneginf(x) & ruled_out)).all() for x in self.logits)
+
+
+def packed(predictions: Predictions, labels: Sets) -> bytes:
+    """Predictions as an .npz: of each set log-probabilities f16[N, classes], and `<set>_labels` i32[N]."""
+    arrays = {name: log_softmax(logits.astype(np.float64), 1) for name, logits in predictions.logits._asdict().items()}
+    content = io.BytesIO()
+    # Below the least finite float16 a probability is nothing; minus infinity stays.
+    halves = {name: np.where(np.isneginf(x), x, np.maximum(x, -65504)).astype(np.float16) for name, x in arrays.items()}
+    np.savez_compressed(content, **halves, **{f"{name}_labels": x for name, x in labels._asdict().items()})
+    return content.getvalue()
 
 
 class Evaluator:
-    """Evaluates models of one network on one data set, all seeds together."""
+    """Asks models of one network about one data set; with `features`, also for what the last layer is given."""
 
     def __init__(
         self,
         network: Network,
         protocol: Protocol,
+        train: Images,
+        split: Split,
         test: Images,
-        members: Images,
         mesh: jax.sharding.Mesh,
         timing: Timing,
+        features: bool = False,
     ):
-        self._forget_class, self._mesh = protocol.forget_class, mesh
-        self._test_labels = np.asarray(test.labels)
-        self.counts = (len(members.labels), int((self._test_labels == protocol.forget_class).sum()))
-        self._total = len(test.labels) + len(members.labels)
+        self._mesh, self._features = mesh, features
+        retain = np.asarray(split.retain)[: len(test.labels)]
+        members, others = (Images(*(part[chosen] for part in train)) for chosen in (split.forget, retain))
+        sets = Sets(test, members, members, others)
+        self.labels = Sets(*(np.asarray(fetch(images.labels)) for images in sets))
+        self.counts = (len(self.labels.forget_train), int((self.labels.test == protocol.forget_class).sum()))
+        ends = np.cumsum([len(labels) for labels in self.labels]).tolist()
+        self._slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         # One array of whole batches, so one program serves all; the images repeated to fill the last are cut off.
-        fill = -self._total % BATCH_SIZE
-        indices = np.arange(self._total + fill) % self._total
-        self._images = place_shared(
-            Images(*(jnp.concatenate(parts)[indices] for parts in zip(test, members, strict=True))), mesh
-        )
+        indices = np.arange(ends[-1] + -ends[-1] % BATCH_SIZE) % ends[-1]
+        self._images = place_shared(jnp.concatenate([images.images for images in sets])[indices], mesh)
         self.steps = len(indices) // BATCH_SIZE
         self._plan = [Chunk(0, self.steps, (BATCH_SIZE,))]
-        self._loop = EpochLoop(_predict_step(network, protocol, len(test.labels)), mesh, timing)
+        augmented = self._slices[Sets._fields.index("augmented")]
+        self._loop = EpochLoop(_predict_step(network, protocol, augmented, features), mesh, timing)
 
     def compile(self, variables: Any, num_seeds: int) -> None:
         """Compiles what `predict` runs on so many seeds' models, of which one has (params, batch_stats) like these."""
@@ -59,54 +88,37 @@ class Evaluator:
 
     def predict(
         self, params: Any, batch_stats: Any, keys: jax.Array, report: Report = lambda done, metrics: None
-    ) -> Predictions:
-        """Predictions of models with the seed axis in front."""
+    ) -> list[Predictions]:
+        """What each seed's model says; the models have the seed axis in front. A key draws the augmentation."""
         seeded = (params, batch_stats, place_seeds(keys, self._mesh))
         _, outputs = self._loop.run((), seeded, self._images, 0, self._plan, report)
-        flat = {name: value.reshape(len(value), -1)[:, : self._total] for name, value in outputs.items()}
-        return Predictions(**flat)
+        flat = {name: value.reshape(len(value), -1, value.shape[-1]) for name, value in outputs.items()}
+        return [Predictions(*(self._sets(flat[name][i]) if name in flat else None for name in Predictions._fields))
+                for i in range(len(keys))]  # fmt: skip
 
-    def metrics(
-        self, params: Any, batch_stats: Any, keys: jax.Array, report: Report = lambda done, metrics: None
-    ) -> list[dict[str, Any]]:
-        """The metrics of each seed's model; all None where a logit is not finite."""
-        predictions = self.predict(params, batch_stats, keys, report)
-        tests = len(self._test_labels)
-        forget = np.flatnonzero(self._test_labels == self._forget_class)
-        results: list[dict[str, Any]] = []
-        for confidence, correct, finite in zip(*predictions, strict=True):
-            if not finite.all():
-                results.append(diverged_metrics())
-                continue
-            results.append(
-                unlearning_metrics(
-                    correct[:tests], self._test_labels, self._forget_class, confidence[tests:], confidence[forget]
-                )
-            )
-        return results
+    def _sets(self, values: np.ndarray) -> Sets:
+        return Sets(*(values[part] for part in self._slices))
 
 
-def _predict_step(network: Network, protocol: Protocol, tests: int) -> Any:
+def _predict_step(network: Network, protocol: Protocol, augmented: slice, features: bool) -> Any:
     def step(
         carry: tuple[()],
         seeded: tuple[Any, Any, jax.Array],
-        data: Images,
+        data: jax.Array,
         epoch: jax.Array,
         index: jax.Array,
         sizes: tuple[int],
     ) -> tuple[tuple[()], dict[str, jax.Array]]:
         params, batch_stats, key = seeded
         (size,) = sizes
-        pixels, labels = (jax.lax.dynamic_slice_in_dim(part, index * size, size) for part in data)
-        if protocol.mia_augment:
-            is_member = (index * size + jnp.arange(size) >= tests)[:, None, None, None]
-            attacked = augment(pixels, jnp.arange(size), stream_key(key, Stream.ATTACK, index), protocol)
-            pixels = jnp.where(is_member, attacked, pixels)
-        logits = network.apply_eval(params, batch_stats, shard_batch(normalise(pixels, protocol)))
-        return carry, {
-            "confidence": jax.nn.softmax(logits).max(-1),
-            "correct": logits.argmax(-1) == labels,
-            "finite": jnp.isfinite(logits).all(-1),
-        }
+        pixels = jax.lax.dynamic_slice_in_dim(data, index * size, size)
+        place = (index * size + jnp.arange(size))[:, None, None, None]
+        drawn = augment(pixels, jnp.arange(size), stream_key(key, Stream.ATTACK, index), protocol)
+        pixels = jnp.where((place >= augmented.start) & (place < augmented.stop), drawn, pixels)
+        images = shard_batch(normalise(pixels, protocol))
+        if not features:
+            return carry, {"logits": network.apply_eval(params, batch_stats, images)}
+        said = network.forward(params, batch_stats, images, key, train=False, batch_norm=False)
+        return carry, {"logits": said.logits, "features": said.features}
 
     return step

@@ -16,11 +16,11 @@ import jax
 from jaxunlearn.devices.configuration import computing
 from jaxunlearn.runs.preparation import Prepared
 
-EVALUATE = "evaluate"
+EVALUATE, RELEARN = "evaluate", "relearn"
 
 
 class Ahead:
-    """Programs by what they are for: a method, or `EVALUATE`."""
+    """Programs by what they are for: a method, `EVALUATE` or `RELEARN`."""
 
     def __init__(self, run: Prepared, futures: dict[str, Future[None]]):
         self._run, self._futures = run, futures
@@ -41,19 +41,23 @@ def compiled_ahead(run: Prepared) -> Iterator[Ahead]:
     """Compiles a run's programs in threads; what has not begun at the end is left out."""
     count, x64 = len(run.keys), jax.dtypes.canonicalize_dtype(float).itemsize == 8
     variables = jax.eval_shape(run.network.initialise, jax.eval_shape(jax.random.key, 0))
-    tasks: dict[str, Callable[[], None]] = {}
+    tasks: dict[str, tuple[jax.sharding.Mesh, Callable[[], None]]] = {}
     if jax.default_backend() != "gpu":
-        tasks = {EVALUATE: partial(run.evaluator.compile, variables, count)}
-        tasks |= {name: partial(unlearning.compile, count) for name, unlearning in run.unlearnings.items()}
+        tasks[EVALUATE] = run.mesh, partial(run.evaluator.compile, variables, count)
+        for method in run.request.methods:
+            if unlearning := run.unlearnings.get(method.name):
+                tasks[method.name] = unlearning.mesh, partial(unlearning.compile, run.count(method))
+        if run.relearning is not None:
+            tasks[RELEARN] = run.mesh, partial(run.relearning.compile, count)
 
-    def work(task: Callable[[], None]) -> None:
+    def work(mesh: jax.sharding.Mesh, task: Callable[[], None]) -> None:
         # JAX's settings are a thread's own. What is wrong with a program is said where it is called.
         precise = computing(run.request.protocol.precision)
-        with suppress(Exception), jax.enable_x64(x64), jax.set_mesh(run.mesh), precise:
+        with suppress(Exception), jax.enable_x64(x64), jax.set_mesh(mesh), precise:
             task()
 
     pool = ThreadPoolExecutor(max(1, min(len(tasks), os.cpu_count() or 1)), "compile")
     try:
-        yield Ahead(run, {name: pool.submit(work, task) for name, task in tasks.items()})
+        yield Ahead(run, {name: pool.submit(work, *task) for name, task in tasks.items()})
     finally:
         pool.shutdown(cancel_futures=True)

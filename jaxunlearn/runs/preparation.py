@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxunlearn.benchmarks import validate
+from jaxunlearn.benchmarks import EVALUATIONS, MOST_SEEDS, validate
 from jaxunlearn.data.batches import Images, resize
 from jaxunlearn.data.datasets import DATASETS, ImageSet, limited, load
 from jaxunlearn.devices.configuration import unused_gpu
@@ -17,6 +17,7 @@ from jaxunlearn.devices.processes import all_or_none, check_agreement, leads
 from jaxunlearn.devices.sharding import make_mesh, place_shared
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.predictions import Evaluator
+from jaxunlearn.evaluation.relearning import Relearning
 from jaxunlearn.files import LOCK_REMEDY, check_lockable, check_writable
 from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.ops import native
@@ -48,6 +49,7 @@ class Prepared:
     digest: str  # of the data set
     verified: bool  # whether that is the official one's
     evaluator: Evaluator
+    relearning: Relearning | None  # where the models are evaluated in full
     unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by method
 
     @functools.cached_property
@@ -61,6 +63,10 @@ class Prepared:
         members, non_members = self.evaluator.counts
         defaults = {method.name: method.defaults for method in self.request.methods}
         return {"defaults": defaults, "members": members, "non_members": non_members}
+
+    def count(self, method: Method) -> int:
+        """How many models a method makes."""
+        return len(self.keys) * self.request.draws(method)
 
     def batches(self, count: int, kind: str) -> list[int]:
         """The sizes of the batches of an epoch of (re)training on so many images of this `kind`."""
@@ -81,6 +87,13 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         raise UserError("init_weights: the file and its SHA-256 in the protocol go together, one of them is missing")
     if not 0 <= request.save_every < float("inf"):
         raise UserError(f"--save-every {request.save_every}: it must be at least 0")
+    if not 1 <= request.unlearn_seeds <= MOST_SEEDS // len(request.seeds):
+        raise UserError(
+            f"--unlearn-seeds {request.unlearn_seeds}: it must be at least 1, with {len(request.seeds)} seeds at most "
+            f"{MOST_SEEDS // len(request.seeds):,}"
+        )
+    if request.evaluate not in EVALUATIONS:
+        raise UserError(f"--evaluate {request.evaluate}: choose from {', '.join(EVALUATIONS)}")
     if request.attempts < 1:
         raise UserError(f"--attempts {request.attempts}: it must be at least 1")
     num_classes = DATASETS[protocol.dataset].num_classes
@@ -113,8 +126,9 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             train, test = _on_device(chosen, mesh), _on_device(dataset.test, mesh)
         is_forget = chosen.labels == protocol.forget_class
         split = Split(np.flatnonzero(~is_forget), np.flatnonzero(is_forget))
-        members = Images(*(part[split.forget] for part in train))
-        evaluator = Evaluator(network, protocol, test, members, mesh, timing)
+        full = request.evaluate == "full"
+        evaluator = Evaluator(network, protocol, train, split, test, mesh, timing, features=full)
+        relearning = Relearning(network, protocol, train, split.forget, test, mesh, timing) if full else None
         prepared = Prepared(
             request,
             reporter,
@@ -128,10 +142,15 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             dataset.digest,
             dataset.verified,
             evaluator,
+            relearning,
         )
         for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
             prepared.batches(count, kind)  # raises where they make no batch
-        unlearnings = {m.name: prepared.unlearning(m, mesh) for m in request.methods if m.name != RETRAIN}
+        unlearnings = {
+            method.name: prepared.unlearning(method, make_mesh(prepared.count(method), request.devices))
+            for method in request.methods
+            if method.name != RETRAIN
+        }
         return dataclasses.replace(prepared, unlearnings=unlearnings)
 
 
@@ -142,7 +161,8 @@ def _check_outputs(request: Request) -> None:
     check_lockable(request.cache_dir, LOCK_REMEDY)
     protocol = dataclasses.asdict(request.protocol)
     for method, seed in itertools.product(request.methods, request.seeds):
-        check_overwrite(request.record_path(method, seed), protocol, method.hyperparameters, request.force)
+        for draw in range(request.draws(method)):
+            check_overwrite(request.record_path(method, seed, draw), protocol, method.hyperparameters, request.force)
 
 
 def _on_device(images: ImageSet, mesh: jax.sharding.Mesh) -> Images:

@@ -9,12 +9,28 @@ from typing import Any
 
 import jax
 
-from jaxunlearn.benchmarks import ATTEMPTS, MOST_SEEDS, Protocol, get_benchmark
+from jaxunlearn.benchmarks import (
+    AGAINST_RETRAIN,
+    ATTEMPTS,
+    EVALUATIONS,
+    MOST_SEEDS,
+    Protocol,
+    get_benchmark,
+)
 from jaxunlearn.devices.configuration import default_precision
 from jaxunlearn.errors import UserError
 from jaxunlearn.models.state_dicts import shortcut
 from jaxunlearn.models.weight_files import read_weights
-from jaxunlearn.registry import BASELINES, Method, Named, get_method, parse_value, title_of
+from jaxunlearn.registry import (
+    BASELINES,
+    REFERENCES,
+    RETRAIN,
+    Method,
+    Named,
+    get_method,
+    parse_value,
+    title_of,
+)
 from jaxunlearn.results.records import record_path
 
 # Fields of the protocol that are not for `set`: what the benchmark is, and the weights, which have an argument.
@@ -40,30 +56,37 @@ class Request:
     deterministic: bool = False
     save_every: float = 120.0  # seconds between two checkpoints
     attempts: int = ATTEMPTS  # at most, at pretraining a seed that learns nothing
+    unlearn_seeds: int = 1  # unlearnings of each original
+    evaluate: str = EVALUATIONS[0]
+    keep_predictions: bool = False
     force: bool = False
 
-    def record_path(self, method: Method, seed: int) -> Path:
+    def draws(self, method: Method) -> int:
+        """How many unlearnings of each original there are by a method: one by a reference, which draws nothing."""
+        return 1 if method.name in REFERENCES else self.unlearn_seeds
+
+    def record_path(self, method: Method, seed: int, unlearn_seed: int = 0) -> Path:
         """Where a method's record of a seed is kept: apart from the benchmark's own on a CPU if anything differs."""
         own, used = dataclasses.asdict(get_benchmark(self.bench)), dataclasses.asdict(self.protocol)
         differs = {name: value for name, value in used.items() if value != own[name]}
         differs |= {f"{method.name}.{k}": v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
         if (platform := jax.default_backend()) != "cpu":
             differs["platform"] = platform
-        return record_path(self.out, self.bench, method.name, seed, differs)
+        return record_path(self.out, self.bench, method.name, seed, differs, unlearn_seed)
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """What every process of a run must have been told alike."""
         methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
         told = self.devices, self.deterministic, self.attempts, self.export_weights is not None
+        told += self.unlearn_seeds, self.evaluate, self.keep_predictions
         return self.bench, self.protocol, methods, self.seeds, *told
 
-    def weights_path(self, method: Method, seed: int) -> Path | None:
-        """Where the unlearned model goes: below `export_weights` what the record is below `out`."""
+    def weights_path(self, record: Path) -> Path | None:
+        """Where the model of a record goes: below `export_weights` what the record is below `out`."""
         if self.export_weights is None:
             return None
-        record = self.record_path(method, seed).relative_to(self.out)
-        return self.export_weights / record.with_suffix(".safetensors")
+        return self.export_weights / record.relative_to(self.out).with_suffix(".safetensors")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -135,11 +158,23 @@ def _digest(weights: Path) -> str:
         raise UserError(f"--init-weights {weights}: {error.strerror}") from None
 
 
-def get_methods(chosen: Iterable[Named] | None, settings: Settings) -> list[Method]:
-    """The methods of a run, None being the baselines, with their settings. Raises UserError for settings of others."""
-    named = list(BASELINES if chosen is None else chosen)
+def with_retrain(bench: str, wish: bool | None) -> bool:
+    """Whether `retrain` is run beside the methods of a benchmark unasked, or because the user has said so."""
+    return bench in AGAINST_RETRAIN if wish is None else wish
+
+
+def get_methods(chosen: Iterable[Named] | None, settings: Settings, against_retrain: bool = False) -> list[Method]:
+    """The methods of a run with their settings, None being the baselines and the output mask.
+
+    `retrain` comes first where it is among them or wished for: the others are compared with it. Raises UserError for
+    settings of others.
+    """
+    named: list[Named] = [*BASELINES, "output_mask"] if chosen is None else list(chosen)
     if not named:
         raise UserError("--method: at least one")
+    if against_retrain and RETRAIN not in named:
+        named = [RETRAIN, *named]
+    named.sort(key=lambda method: method != RETRAIN)
     titles = [title_of(method) for method in named]
     methods = [get_method(method, settings.get(title)) for method, title in zip(named, titles, strict=True)]
     for owner, values in settings.items():

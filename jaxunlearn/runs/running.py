@@ -15,17 +15,19 @@ from jaxunlearn.devices.processes import leads, meet
 from jaxunlearn.devices.sharding import fetch, make_mesh, place_seeds
 from jaxunlearn.errors import WriteError, one_line
 from jaxunlearn.evaluation.normalisations import LOW, better_normalisation
-from jaxunlearn.evaluation.predictions import BATCH_SIZE
+from jaxunlearn.evaluation.predictions import packed
+from jaxunlearn.files import write_atomically
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
 from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.results import records
-from jaxunlearn.runs.compiling import EVALUATE, compiled_ahead
+from jaxunlearn.runs.compiling import EVALUATE, RELEARN, compiled_ahead
 from jaxunlearn.runs.preparation import Prepared
-from jaxunlearn.runs.recording import Scored, make_record
+from jaxunlearn.runs.recording import make_record
+from jaxunlearn.runs.scoring import Asked, Scorer
 from jaxunlearn.training.checkpoints import Entry, discard, locked, pretrain_entry, unlearn_entry
 from jaxunlearn.training.judging import judge_of
-from jaxunlearn.training.pretrained import Models
+from jaxunlearn.training.pretrained import Models, repeated
 from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.resuming import Redraw, Start, train
 
@@ -40,35 +42,45 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         ahead = stack.enter_context(compiled_ahead(run))
         pretrained = run.given or _train_or_load(run, without=None)
         ahead.ready(EVALUATE)
-        before = Scored(pretrained, _evaluate(run, pretrained))
-        if run.given is not None:
-            _check_normalisation(run, before)
+        ahead.ready(RELEARN)
+        scorer, count = Scorer(run), len(request.seeds)
+        originals = scorer.start_from(pretrained)
         common = dict(run.timing)
         entries = {m.name: _unlearn_entries(run, m, pretrained) for m in request.methods if m.name in run.unlearnings}
         unfinished = list(itertools.chain(*entries.values()))
         stack.enter_context(locked(unfinished))  # all at once: two processes must not wait for each other
+        before: list[dict[str, Any]] = []
         for method in request.methods:
             run.timing.clear()
-            if method.name == RETRAIN:
+            if method.name == RETRAIN:  # the first of them
                 models = _train_or_load(run, without=request.protocol.forget_class)
                 steps = len(run.batches(len(run.split.retain), "retain")) * request.protocol.pretrain_epochs
+                asked = scorer.compare_with(models)
             else:
                 ahead.ready(method.name)
                 models = _unlearn(run, method, entries[method.name], pretrained)
-                steps = run.unlearnings[method.name].steps_per_epoch * request.protocol.unlearn_epochs
-            after = Scored(models, _evaluate(run, models))
-            for i in range(len(request.seeds)):
-                record = make_record(run, method, i, before, after, steps, common)
-                yield record, _keep(run, method, i, record, models)
+                steps = run.unlearnings[method.name].steps_per_epoch * run.unlearnings[method.name].epochs
+                asked = scorer.ask(models)
+            if not before:
+                before = [scorer.worth(originals, i) for i in range(count)]
+                if run.given is not None:
+                    _check_normalisation(run, before[0]["retain_acc"], pretrained)
+            after = [scorer.worth(asked, i, method.name) for i in range(len(asked.predictions))]
+            for i in range(count):
+                for draw in range(request.draws(method)):
+                    index = draw * count + i
+                    retrained = scorer.reference(index, method.name)
+                    worth = before[i], after[index], retrained and retrained.worth
+                    record = make_record(run, method, index, (pretrained, models), worth, steps, common)
+                    yield record, _keep(run, method, index, record, asked)
         if leads():
             for entry in unfinished:  # only now: after an interruption the methods that are done are not redone
                 discard(entry)
         meet()  # a process that ends takes the others with it
 
 
-def _check_normalisation(run: Prepared, before: Scored) -> None:
+def _check_normalisation(run: Prepared, accuracy: float | None, models: Models) -> None:
     """Warns where the given weights were made for images of another mean and standard deviation."""
-    accuracy, models = before.metrics[0]["retain_acc"], before.models
     if accuracy is None or accuracy >= LOW:
         return  # nothing is compiled for a model that knows its test images
     line = better_normalisation(run.network, run.request.protocol, models.params, models.batch_stats, run.train)
@@ -76,16 +88,14 @@ def _check_normalisation(run: Prepared, before: Scored) -> None:
         warnings.warn(line, stacklevel=2)
 
 
-def _evaluate(run: Prepared, models: Models) -> list[dict[str, Any]]:
-    images = run.evaluator.steps * BATCH_SIZE * len(run.keys)
-    with run.timing("evaluate_s"), run.reporter.task("evaluate", 1, run.evaluator.steps, images) as report:
-        return run.evaluator.metrics(models.params, models.batch_stats, run.keys, report(0))
+def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], asked: Asked) -> str | None:
+    """Writes the record of one model and, if asked to, the model and what it says.
 
-
-def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], models: Models) -> str | None:
-    """Writes one seed's record and, if asked to, its model. Returns a warning where one of them was not written."""
-    request, seed = run.request, run.request.seeds[index]
-    path, weights = request.record_path(method, seed), request.weights_path(method, seed)
+    Returns a warning where one of them was not written.
+    """
+    request, models = run.request, asked.models
+    path = request.record_path(method, record["seed"], record["unlearn_seed"])
+    weights = request.weights_path(path)
     variables = {"params": models.params, "batch_stats": models.batch_stats}
     own = fetch(jax.tree.map(lambda x: x[index], variables)) if weights else {}
     if not leads():
@@ -93,6 +103,8 @@ def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], mod
     try:
         if not records.write(path, record, request.force):
             return f"{path} holds a better record, kept; --force replaces it"
+        if request.keep_predictions:
+            write_atomically(path.with_suffix(".npz"), packed(asked.predictions[index], run.evaluator.labels))
         if weights and record["status"] != "ok":
             return f"{weights} was not written: the model is {record['status']}"
         if weights:
@@ -125,17 +137,19 @@ def _train_or_load(run: Prepared, without: int | None) -> Models:
 
 
 def _unlearn(run: Prepared, method: Method, entries: Sequence[Entry], pretrained: Models) -> Models:
+    """Every seed's model unlearned, the draws in a row: those of the first draw, those of the second, ..."""
+    count, draws = len(run.keys), run.request.draws(method)
     if all(at is not None or bad for at, bad in zip(pretrained.diverged, pretrained.untrained, strict=True)):
-        return pretrained._replace(seconds=[0.0] * len(run.keys))
+        return repeated(pretrained, draws, run.mesh)
     if not method.source and leads():
         for entry in entries:  # nobody can say whether it is of the same rule
             discard(entry)
 
     def start(group: list[int]) -> Start:
         unlearning = run.unlearnings[method.name]
-        if len(group) < len(run.keys):
+        if len(group) < count * draws:
             unlearning = run.unlearning(method, make_mesh(len(group), run.request.devices))
-        chosen = np.asarray(group)
+        chosen = np.asarray(group) % count
         models = place_seeds(
             jax.tree.map(lambda x: x[chosen], (pretrained.params, pretrained.batch_stats)), unlearning.mesh
         )
@@ -147,7 +161,8 @@ def _unlearn(run: Prepared, method: Method, entries: Sequence[Entry], pretrained
 def _unlearn_entries(run: Prepared, method: Method, pretrained: Models) -> list[Entry]:
     request = run.request
     return [
-        unlearn_entry(request.cache_dir, request.protocol, run.digest, seed, method, max(0, attempts - 1))
+        unlearn_entry(request.cache_dir, request.protocol, run.digest, seed, method, max(0, attempts - 1), draw)
+        for draw in range(request.draws(method))
         for seed, attempts in zip(request.seeds, pretrained.attempts, strict=True)
     ]
 
@@ -159,6 +174,7 @@ def _to_the_end(
     title: str,
     redraw: Redraw | None = None,
 ) -> Models:
-    request = run.request
-    trained = train(start, entries, request.seeds, run.mesh, run.reporter, title, request.save_every, redraw)
+    request, count = run.request, len(run.request.seeds)
+    seeds = [(request.seeds[i % count], i // count) for i in range(len(entries))]
+    trained = train(start, entries, seeds, run.mesh, run.reporter, title, request.save_every, redraw)
     return Models(trained.state.params, trained.state.batch_stats, *trained[1:])

@@ -226,8 +226,8 @@ def package_metrics(case: Case, test: np.ndarray, members: np.ndarray) -> dict[s
     test_confidence, member_confidence = (np.asarray(jax.nn.softmax(logits)).max(1) for logits in (test, members))
     forget = case.test.labels == case.protocol.forget_class
     correct = test.argmax(1) == case.test.labels
-    args = (correct, case.test.labels, case.protocol.forget_class, member_confidence, test_confidence[forget])
-    return unlearning_metrics(*args)
+    confidence = member_confidence, test_confidence[forget], member_confidence  # nothing is augmented here
+    return unlearning_metrics(correct, case.test.labels, case.protocol.forget_class, *confidence)
 
 
 # PyTorch.

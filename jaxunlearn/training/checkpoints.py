@@ -91,16 +91,25 @@ def pretrain_entry(
 
 
 def unlearn_entry(
-    cache_dir: Path, protocol: Protocol, digest: str, seed: int, method: Method, attempt: int = 0
+    cache_dir: Path,
+    protocol: Protocol,
+    digest: str,
+    seed: int,
+    method: Method,
+    attempt: int = 0,
+    unlearn_seed: int = 0,
 ) -> Entry:
     """The entry of a model that `method` is unlearning. A rule whose file has changed since starts afresh.
 
-    `attempt` is that of the pretrained model, from 0.
+    `attempt` is that of the pretrained model, `unlearn_seed` which of its unlearnings this is, both from 0.
     """
     about = dataclasses.asdict(protocol) | {"digest": digest, "seed": seed}
     about |= {"method": method.name, "hyperparameters": method.hyperparameters, "source": method.source}
     about |= {"attempt": attempt} if attempt else {}
-    return _entry(cache_dir / "unlearning", f"{method.name}-{protocol.model}-{protocol.dataset}-seed{seed}", about)
+    about |= {"unlearn_seed": unlearn_seed} if unlearn_seed else {}
+    again = f"-unlearn{unlearn_seed}" if unlearn_seed else ""
+    name = f"{method.name}-{protocol.model}-{protocol.dataset}-seed{seed}{again}"
+    return _entry(cache_dir / "unlearning", name, about)
 
 
 def _entry(parent: Path, name: str, about: dict[str, Any]) -> Entry:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxunlearn.benchmarks import Protocol
@@ -24,6 +25,13 @@ class Models(NamedTuple):
     diverged: list[int | None]  # the first step whose loss, or after which a weight, was not finite
     untrained: list[bool]  # whether it learned nothing and its training was stopped
     attempts: list[int]  # at training it; 0 where it was given
+
+
+def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
+    """All the models so many times in a row, as if nothing had been done to them since."""
+    params, batch_stats = jax.tree.map(lambda x: jnp.concatenate([x] * times), models[:2])
+    others = (one * times for one in models[3:])
+    return Models(*place_seeds((params, batch_stats), mesh), [0.0] * len(models.seconds) * times, *others)
 
 
 def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:

@@ -66,7 +66,7 @@ class Trained(NamedTuple):
 def train(
     start: Callable[[list[int]], Start],
     entries: Sequence[Entry],
-    seeds: Sequence[int],
+    seeds: Sequence[tuple[int, int]],
     mesh: jax.sharding.Mesh,
     reporter: Reporter,
     title: str,
@@ -75,7 +75,7 @@ def train(
 ) -> Trained:
     """Brings the entry of every seed, `locked` by the caller, to its last epoch. The states are placed on `mesh`.
 
-    `start(indices)` is for those of `seeds`. Seeds that have come equally far are trained together. A seed that
+    `start(indices)` is for those of `seeds`, each with which of its unlearnings it is, from 0. Seeds that have come equally far are trained together. A seed that
     diverges goes on beside the others, which do not feel it; where all have, training ends with the epoch. Where a seed
     has learned nothing, the others wait until it is drawn again and has come as far as they.
 
@@ -95,7 +95,8 @@ def train(
             state = on_device([one.leaves for one in before], abstract, training.mesh) if before else None
             own = [entries[i] for i in group]
             keeper = Saving(own, before, training.steps_per_epoch, training.timing, save_every)
-            keys = seed_keys([seeds[i] for i in group], [attempts[i] for i in group])
+            own_seeds, draws = zip(*(seeds[i] for i in group), strict=True)
+            keys = seed_keys(own_seeds, [attempts[i] for i in group], draws)
             results = _advance(training, state, first_state, keys, keeper, reporter, title, until, judge)
         for i, result in zip(group, results, strict=True):
             saved[i] = result
@@ -106,7 +107,7 @@ def train(
             while redraw and redraw.judge.untrained(saved[i]) and attempts[i] + 1 < redraw.most:
                 attempts[i] += 1
                 if leads():
-                    learned = f"{title}: seed {seeds[i]} had learned nothing after epoch {redraw.judge.epoch}"
+                    learned = f"{title}: seed {seeds[i][0]} had learned nothing after epoch {redraw.judge.epoch}"
                     warnings.warn(f"{learned}: drawn again, attempt {attempts[i] + 1} of {redraw.most}", stacklevel=2)
                 entries[i] = redraw.entry(i, attempts[i])
                 saved[i] = _load([entries[i]], shapes)[0]

@@ -1,0 +1,86 @@
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxunlearn.benchmarks import get_benchmark
+from jaxunlearn.commands import bench
+from jaxunlearn.commands.parser import Parser
+from jaxunlearn.methods import retain_finetune
+from jaxunlearn.registry import get_method
+from jaxunlearn.runs.command_line import command_of, seeds_as_typed
+from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, with_retrain
+
+CIFAR = "resnet20-cifar10-class0"
+
+
+def request_of(name, text):
+    """The request of what is typed behind `jaxunlearn bench --bench NAME`, as the command makes it."""
+    parser = Parser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(["--bench", name, *shlex.split(text)])
+    settings = parse_settings(args.set)
+    changes = {key: value for key in (*bench.FLAGS, *bench.SWITCHES) if (value := getattr(args, key)) is not None}
+    protocol = make_protocol(name, changes, settings.pop("protocol", {}), None)
+    return Request(
+        name,
+        protocol,
+        get_methods(args.method, settings, with_retrain(name, args.against_retrain)),
+        parse_seeds(args.seeds),
+        Path("runs"),
+        Path("cache"),
+        devices=args.devices,
+        deterministic=args.deterministic,
+        attempts=args.attempts,
+        unlearn_seeds=args.unlearn_seeds,
+        evaluate=args.evaluate,
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--method retain_finetune",
+        "--method retrain --seeds 0-3,7",
+        "--method scrub --seeds 5,4 --set scrub.temperature=2.0 --set scrub.forget_epochs=3",
+        "--method bad_teacher --set bad_teacher.reset_bn=True --unlearn-seeds 3 --evaluate full",
+        "--method scrub --against-retrain --attempts 1 --devices 2 --deterministic",
+        "--method scrub --pretrain-epochs 8 --epoch-length retain --drop-last --mia-augment --train-limit 500",
+        "--method scrub --set protocol.pretrain_lr=0.05 --set protocol.flip=False --set 'protocol.mean=(0.5, 0.5, 0.5)'",
+    ],
+)
+@pytest.mark.parametrize("name", [CIFAR, "resnet20-digits-class0"])
+def test_the_command_of_a_record_makes_its_request_again(name, text):
+    request = request_of(name, text)
+    method = request.methods[-1]
+    command = command_of(request, method)
+    words = shlex.split(command)
+    assert words[:4] == ["jaxunlearn", "bench", "--bench", name]
+    again = request_of(name, shlex.join(words[4:]))
+    for field in ("protocol", "seeds", "devices", "deterministic", "attempts", "unlearn_seeds", "evaluate"):
+        assert getattr(again, field) == getattr(request, field)
+    assert again.methods[-1] == method
+    if method.name != "retrain":
+        assert [one.name for one in again.methods] == [one.name for one in request.methods]
+
+
+def test_a_default_request_has_a_short_command():
+    request = request_of(CIFAR, "")
+    assert command_of(request, request.methods[0]) == f"jaxunlearn bench --bench {CIFAR} --method retain_finetune --seeds 42"
+
+
+def test_a_command_names_no_folder(tmp_path):
+    rule = tmp_path / "mine.py"
+    rule.write_text(Path(retain_finetune.__file__).read_text())
+    protocol = dataclasses.replace(get_benchmark(CIFAR), init_weights="its hash")
+    methods = [get_method(str(rule)), get_method(retain_finetune.rule)]
+    request = Request(CIFAR, protocol, methods, [42], tmp_path, tmp_path, init_weights=tmp_path / "w.npz")
+    command = command_of(request, methods[0])
+    assert command.split()[5] == "mine.py" and "--init-weights w.npz" in command and str(tmp_path) not in command
+    assert command_of(request, methods[1]) is None  # a function has no file
+
+
+@pytest.mark.parametrize("text", ["42", "0-7", "1,5,9", "3-5,9,2", "9,8,7"])
+def test_seeds_are_typed_as_they_are_read(text):
+    assert seeds_as_typed(parse_seeds(text)) == text
