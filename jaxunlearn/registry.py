@@ -30,6 +30,7 @@ Named = str | Path | Callable[..., Any]  # a method as users name it: by name, b
 BASELINES = ("retain_finetune", "negative_gradient", "bad_teacher", "scrub")
 LONGEST_TITLE = 180  # bytes of a file's name; file systems allow 255, of which a checkpoint's lock needs 63
 RETRAIN = "retrain"  # the reference row: no rule, a model trained from scratch without the forgotten class
+REFERENCES = (RETRAIN, "output_mask")  # what others are compared with, above and below; none is a way to unlearn
 
 
 class Method(NamedTuple):

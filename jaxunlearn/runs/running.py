@@ -55,7 +55,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
             else:
                 ahead.ready(method.name)
                 models = _unlearn(run, method, entries[method.name], pretrained)
-                steps = run.unlearnings[method.name].steps_per_epoch * request.protocol.unlearn_epochs
+                steps = run.unlearnings[method.name].steps_per_epoch * run.unlearnings[method.name].epochs
             after = Scored(models, _evaluate(run, models))
             for i in range(len(request.seeds)):
                 record = make_record(run, method, i, before, after, steps, common)
@@ -126,7 +126,7 @@ def _train_or_load(run: Prepared, without: int | None) -> Models:
 
 def _unlearn(run: Prepared, method: Method, entries: Sequence[Entry], pretrained: Models) -> Models:
     if all(at is not None or bad for at, bad in zip(pretrained.diverged, pretrained.untrained, strict=True)):
-        return pretrained._replace(seconds=[0.0] * len(run.keys))
+        return pretrained._replace(seconds=[0.0] * len(run.keys), curves=[{}] * len(run.keys))
     if not method.source and leads():
         for entry in entries:  # nobody can say whether it is of the same rule
             discard(entry)

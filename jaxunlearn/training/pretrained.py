@@ -14,6 +14,8 @@ from jaxunlearn.models.state_dicts import normalisation
 from jaxunlearn.models.torch_weights import fit_weights
 from jaxunlearn.models.weight_files import read_weights
 
+Curves = dict[str, list[float | None]]  # of a metric, its mean over the steps of each whole epoch; None: not known
+
 
 class Models(NamedTuple):
     """Models with the seed axis in front, and what training each took."""
@@ -24,6 +26,7 @@ class Models(NamedTuple):
     diverged: list[int | None]  # the first step whose loss, or after which a weight, was not finite
     untrained: list[bool]  # whether it learned nothing and its training was stopped
     attempts: list[int]  # at training it; 0 where it was given
+    curves: list[Curves]  # of its training; empty where no metric is known, as of a model that was given
 
 
 def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:
@@ -51,4 +54,5 @@ def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh
         [None] * num_seeds,
         [False] * num_seeds,
         [0] * num_seeds,
+        [{}] * num_seeds,
     )
