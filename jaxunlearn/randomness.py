@@ -19,7 +19,7 @@ class Stream(enum.IntEnum):
     RULE = 5  # what a rule draws before its first step
     ATTACK = 6  # augmentation of the forget images, where the attack sees them augmented
     ATTEMPT = 7  # a seed's further attempts at pretraining, after one that learned nothing
-    RELEARN = 8  # the fresh row of the head and the batches, where a class is learned again
+    RELEARN = 8  # the fresh head, order and batches of relearning: the same for all models of a seed
     UNLEARN_SEED = 9  # further unlearnings of one original
 
 

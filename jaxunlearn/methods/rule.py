@@ -51,6 +51,8 @@ class RuleState(NamedTuple):
 class UnlearningRule(NamedTuple):
     """A rule: two pure functions, and a third for rules that look at the data before the first step.
 
+    A rule whose `step` is None takes no steps: `prepare` is all that changes the model.
+
     init:    (params, batch_stats, key) -> RuleState
     step:    (params, state, retain, forget) -> (params, state, metrics); jitted, metrics are f32 scalars with "loss"
     prepare: (params, state, retain_set, forget_set) -> (params, state); called once, outside jit. A set is iterated
@@ -58,7 +60,7 @@ class UnlearningRule(NamedTuple):
     """
 
     init: Callable[..., RuleState]
-    step: Callable[..., tuple[PyTree, RuleState, Metrics]]
+    step: Callable[..., tuple[PyTree, RuleState, Metrics]] | None
     prepare: Callable[..., tuple[PyTree, RuleState]] | None = None
 
 

@@ -58,7 +58,7 @@ def make_record(
     }
     throughput = {
         "pretrain_images_per_s": images / pretrain_s if pretrain_s and untrained_in != "pretrain" else None,
-        "unlearn_steps_per_s": steps / unlearn_s if unlearn_s and not untrained_in else None,
+        "unlearn_steps_per_s": steps / unlearn_s if steps and unlearn_s and not untrained_in else None,
     }
     return {
         "schema": VERSION,

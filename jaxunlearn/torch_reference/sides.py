@@ -198,6 +198,7 @@ def package_trace(case: Case, factory: Factory, precision: str) -> Trace:
         )
         params = cast(case.variables["params"])
         state = jax.jit(rule.init)(params, cast(case.variables["batch_stats"]), jax.random.key(0))
+        assert rule.step is not None
         step, losses = jax.jit(rule.step), []
         for index, epoch in enumerate(epochs_of(case, precision)):
             state = state._replace(step=jnp.asarray(index, jnp.int32), epoch=jnp.asarray(epoch, jnp.int32))

@@ -26,6 +26,8 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
     Raises UserError, in one line, where it does not keep the contract.
     """
     try:
+        if rule.step is None and rule.prepare is None:
+            raise TypeError("it has neither step nor prepare")
         key = jax.eval_shape(lambda: jax.random.key(0))
         params, batch_stats = jax.eval_shape(context.initialise, key)
         for pair in sizes if len(sizes) > 1 else [*sizes] * 2:  # the second meets what the first has left behind
@@ -33,6 +35,8 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
             if not isinstance(state, RuleState):
                 raise TypeError(f"init returned {type(state).__name__}, it must return a RuleState")
             same_form("init", ("batch_stats", batch_stats, _alone(state.batch_stats)))
+            if rule.step is None:
+                continue
             state = state._replace(step=_alone(state.step), epoch=_alone(state.epoch))
             together = jax.vmap(rule.step, (0, RuleState(0, 0, 0, 0, None, None), 0, 0))  # type: ignore[arg-type]
             batches = (_one_seed(_abstract_batch(size)) for size in pair)

@@ -15,6 +15,8 @@ from jaxunlearn.models.state_dicts import normalisation
 from jaxunlearn.models.torch_weights import fit_weights
 from jaxunlearn.models.weight_files import read_weights
 
+Curves = dict[str, list[float | None]]  # of a metric, its mean over the steps of each whole epoch; None: not known
+
 
 class Models(NamedTuple):
     """Models with the seed axis in front, and what training each took."""
@@ -25,13 +27,15 @@ class Models(NamedTuple):
     diverged: list[int | None]  # the first step whose loss, or after which a weight, was not finite
     untrained: list[bool]  # whether it learned nothing and its training was stopped
     attempts: list[int]  # at training it; 0 where it was given
+    curves: list[Curves]  # of its training; empty where no metric is known, as of a model that was given
 
 
 def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
     """All the models so many times in a row, as if nothing had been done to them since."""
-    params, batch_stats = jax.tree.map(lambda x: jnp.concatenate([x] * times), models[:2])
-    others = (one * times for one in models[3:])
-    return Models(*place_seeds((params, batch_stats), mesh), [0.0] * len(models.seconds) * times, *others)
+    count = len(models.seconds) * times
+    params, batch_stats = place_seeds(jax.tree.map(lambda x: jnp.concatenate([x] * times), models[:2]), mesh)
+    diverged, untrained, attempts = (one * times for one in (models.diverged, models.untrained, models.attempts))
+    return Models(params, batch_stats, [0.0] * count, diverged, untrained, attempts, [{}] * count)
 
 
 def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:
@@ -59,4 +63,5 @@ def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh
         [None] * num_seeds,
         [False] * num_seeds,
         [0] * num_seeds,
+        [{}] * num_seeds,
     )

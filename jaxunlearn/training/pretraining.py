@@ -65,7 +65,7 @@ class Pretraining:
         self._plan = chunks([(size,) for size in sizes])
         self._data, self.timing = place_shared(data, mesh), timing
         self._indices = place_shared(indices.astype(np.int32), mesh)
-        self._loop = EpochLoop(_train_step(network, optimizer, protocol), mesh, timing)
+        self._loop = EpochLoop(train_step(network, optimizer, protocol), mesh, timing)
 
         def start(key: jax.Array, shared: None) -> TrainState:
             params, batch_stats = network.initialise(stream_key(key, Stream.INIT))
@@ -107,7 +107,9 @@ class Pretraining:
         return self._loop.run(state, drawn, self._data, epoch, self._plan, report, first, keeper)
 
 
-def _train_step(network: Network, optimizer: optax.GradientTransformation, protocol: Protocol) -> Callable[..., Any]:
+def train_step(network: Network, optimizer: optax.GradientTransformation, protocol: Protocol) -> Callable[..., Any]:
+    """A `loop.Step` on a TrainState; seeded: (keys[steps, 2], the places of the images in their order, i32[N])."""
+
     def step(
         state: TrainState,
         seeded: tuple[jax.Array, jax.Array],

@@ -15,6 +15,7 @@ from jaxunlearn.randomness import seed_keys
 from jaxunlearn.training.checkpoints import Entry, Leaves, Position, Saved, load_together, sums_at
 from jaxunlearn.training.judging import Judge
 from jaxunlearn.training.loop import Keeper, Timing
+from jaxunlearn.training.pretrained import Curves
 from jaxunlearn.training.saving import Saving
 from jaxunlearn.training.states import key_data, leaves_of, on_device
 from jaxunlearn.training.stopping import deferred
@@ -61,6 +62,7 @@ class Trained(NamedTuple):
     diverged: list[int | None]  # the first step whose loss, or after which a weight, was not finite
     untrained: list[bool]  # whether it had learned nothing when that was looked at, which ended its training
     attempts: list[int]  # how many there were
+    curves: list[Curves]  # empty where no metric is known
 
 
 def train(
@@ -122,14 +124,20 @@ def train(
         [one.diverged for one in done],
         [judge is not None and judge.untrained(one) for one in done],
         [attempt + 1 for attempt in attempts],
+        [_curves(one, whole.training.steps_per_epoch) for one in done],
     )
+
+
+def _curves(saved: Saved, steps: int) -> Curves:
+    whole = saved.position.epoch
+    return {name: [x if x is None else x / steps for x in sums[:whole]] for name, sums in saved.sums.items()}
 
 
 def _next(
     saved: Sequence[Saved | None], attempts: Sequence[int], judge: Judge | None, epochs: int
 ) -> tuple[int, list[list[int]]]:
     """Until which epoch which seeds are trained next, those together that have come equally far."""
-    positions = [one.position if one else Position(0, 0) for one in saved]
+    positions = [one.position if one else Position(-1, 0) for one in saved]  # to begin also where there is no epoch
     diverged = [one is not None and one.diverged is not None for one in saved]
     to_go = [i for i in range(len(saved)) if not (judge and judge.untrained(saved[i]))]
     # Those that were drawn again, or fell behind, first come as far as the others, to go on together with them.

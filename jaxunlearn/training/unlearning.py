@@ -97,15 +97,15 @@ class Unlearning:
         timing: Timing,
     ):
         sizes = epoch_plan(protocol, split)
+        context = make_context(network, protocol, num_classes, len(sizes))
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(map(sum, sizes))
-        self.epochs = protocol.unlearn_epochs
+        self._name, self._rule = method.name, build_rule(method, context)
+        self.epochs = protocol.unlearn_epochs if self._rule.step else 0
         self._plan: list[Chunk] = chunks(sizes)  # type: ignore[arg-type]
         self._protocol, self.mesh, self.timing = protocol, mesh, timing
         self._data = place_shared(data, mesh)
         self._split = place_shared(Split(*(part.astype(np.int32) for part in split)), mesh)
-        context = make_context(network, protocol, num_classes, len(sizes))
         self._initialise = network.initialise
-        self._name, self._rule = method.name, build_rule(method, context)
         if (
             method.name not in names()
         ):  # those of the package are checked by its tests; a trace takes one to three seconds
@@ -159,6 +159,8 @@ class Unlearning:
 
     def compile(self, num_seeds: int) -> None:
         """Compiles what the epochs of so many seeds run: see `Compiled.compile`. Not while it is used otherwise."""
+        if self.epochs == 0:
+            return
         keys = seed_shapes(jax.eval_shape(jax.random.key, 0), num_seeds, self.mesh)
         drawn = self._draw.compile(keys, (self._split, place_shared(np.int32(0), self.mesh)))
         self._loop.compile(seed_shapes(self.abstract(), num_seeds, self.mesh), drawn, self._data, self._plan)
@@ -205,6 +207,7 @@ def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_b
             for chosen, key in ((retain_chosen, retain_key), (forget_chosen, forget_key))
         )
         state = RuleState(carry.batch_stats, carry.opt_state, rule_key, carry.extra, epoch * steps + index, epoch)
+        assert rule.step is not None  # or there is no epoch
         params, state, metrics = rule.step(carry.params, state, retain, forget)
         return Carry(params, state.batch_stats, state.opt_state, state.extra), metrics
 
