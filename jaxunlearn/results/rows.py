@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 from jaxunlearn.errors import printable
 from jaxunlearn.results.statistics import Components, ranks, t_interval, variance_components
 
-# Values of a record, and the last of its companions: its average gap to retraining.
-METRICS = (
+# Values of a record; the last is that of `companions.against_retrain`.
+SHOWN = (
     "retain_acc",
     "forget_acc",
     "forget_mia_auc",
     "forget_mia_auc_augmented",
     "unlearn_score",
     "symmetric_score",
+    "average_gap",
 )
-SHOWN = (*METRICS, "average_gap")
 FLAGS = ("collapsed", "inverted_membership", "above_retrain", "output_mask")
 # What rules are compared with. `output_mask`, the pretrained model that never answers with the class, erases nothing.
 REFERENCES = ("pretrained", "retrain", "output_mask")
@@ -114,7 +114,7 @@ def _row(method: str, variant: str, runs: Sequence[Mapping[str, Any]], seconds: 
 
 def _values(run: Mapping[str, Any]) -> dict[str, float | None]:
     against = (run.get("companions") or {}).get("against_retrain") or {}
-    return {name: run.get(name) for name in METRICS} | {"average_gap": against.get("average_gap")}
+    return {name: run.get(name) for name in SHOWN} | {"average_gap": against.get("average_gap")}
 
 
 def _by_seed(counting: Mapping[int, Sequence[Mapping[str, Any]]], name: str) -> dict[int, float]:

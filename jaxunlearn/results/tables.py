@@ -20,13 +20,13 @@ COLUMNS = ("rank", "method", *(SHORT.get(name, name) for name in SHOWN), "seeds"
 # Of a terminal that is too narrow for all of them: two tables, the scores and what is to be known of them.
 PARTS = (COLUMNS[:8], ("method", *COLUMNS[8:]))
 # By flag: what a row says, and what that means.
-FLAGS = {
+WORDS = {
     "collapsed": ("collapsed", "lost more than ten points on the retained classes"),
     "inverted_membership": (
         "inverted",
         "the attack is wrong more often than chance and retraining explain, which reveals as much as being right",
     ),
-    "above_retrain": ("above retrain", "scores more than retraining from scratch, which is not better forgetting"),
+    "above_retrain": ("above retrain", "a higher unlearn_score than retraining has, which is not better forgetting"),
     "output_mask": ("like a mask", "answers as the pretrained model does without the class: nothing need be erased"),
 }
 
@@ -71,23 +71,27 @@ def print_results(
         console.width = FILE_WIDTH
     plus_minus = "±" if console.encoding.startswith("utf") else "+-"
     rows = summarize(records, defaults)
+    repeated = any(row.half_width for row in rows)
     bench = records[0]["bench"]
 
     precision, device = records[0]["protocol"]["precision"], records[0]["environment"]["device_kind"]
     console.print(f"{bench}, best symmetric_score first ({precision}, {device})", style="bold")
     _print_table(console, COLUMNS, lambda joint: [_cells(row, joint, plus_minus) for row in rows], PARTS)
-    for line in _remarks(rows, plus_minus):
+    if repeated:
+        console.print(f"{plus_minus} is half the 95% t-interval of the mean over seeds.")
+    for line in _remarks(rows):
         console.print(line)
     if redrawn := _redrawn(records):
         console.print(f"Drawn again, since nothing had been learned at first: {redrawn}")
     error = auc_standard_error(members, non_members)
+    shared = f"All seeds share these images: {plus_minus} leaves it out."
     console.print(
         f"Standard error of an AUC near 0.5 with {members} members and {non_members} non-members: {error:.4f}, "
         f"which is {error / 3:.4f} of unlearn_score and up to {2 * error / 3:.4f} of symmetric_score. "
-        "All seeds share these images, so their spread does not show it."
+        f"{shared if repeated else 'Smaller differences are ties.'}"
     )
     console.print("What the columns mean: docs/metrics.md")
-    if spread := [_spread(row) for row in rows if row.spread]:
+    if spread := [[_name(row, " "), *map(_deviation, row.spread[:2])] for row in rows if row.spread]:
         console.print("\nDeviation of symmetric_score over originals, and over unlearnings of one", style="bold")
         _print_table(console, ("method", "s_train", "s_unlearn"), lambda joint: spread)
 
@@ -106,19 +110,17 @@ def print_results(
             console.print(published["notes"][bench])
 
 
-def _remarks(rows: Sequence[Row], plus_minus: str) -> Iterable[str]:
+def _remarks(rows: Sequence[Row]) -> Iterable[str]:
     """What is to be known to read these rows, a line each."""
-    if any(row.half_width for row in rows):
-        yield f"{plus_minus} is half the 95% t-interval of the mean over seeds."
     if any(row.rank for row in rows):
-        yield "Rows share a rank where its first is not ahead by more than the 95% interval of their paired difference."
+        yield "Rows share a rank where the 95% interval of their paired difference from its first holds zero."
     if unranked := [row for row in rows if row.learned and not row.reference and row.rank is None]:
         alone = not any(row.rank for row in rows)
         names = ", ".join(_name(row, " ") for row in unranked)
         yield "With one seed nothing is ranked." if alone else f"Of too few seeds to be ranked: {names}"
     if any(row.reference for row in rows):
         yield "ref: a reference, to compare with; it has no rank"
-    for name, (word, meaning) in FLAGS.items():
+    for name, (word, meaning) in WORDS.items():
         if any(row.flags[name] for row in rows):
             yield f"{word}: {meaning}"
 
@@ -148,16 +150,14 @@ def _cells(row: Row, joint: str, plus_minus: str) -> list[str]:
     counted = joint.join(f"{count} of {row.runs}{joint}{state}" for count, state in states if count)
     seeds = str(row.seeds) if row.runs == row.seeds else f"{row.seeds}{joint}({row.runs} runs)"
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-    counts = {word: row.flags[name] for name, (word, _) in FLAGS.items()}
+    counts = {word: row.flags[name] for name, (word, _) in WORDS.items()}
     flags = [word if count == row.runs else f"{word} {count}/{row.runs}" for word, count in counts.items() if count]
     rank = "ref" if row.reference else str(row.rank or "-")
     return [rank, _name(row, joint), *values, counted or seeds, seconds, ", ".join(flags)]
 
 
-def _spread(row: Row) -> list[str]:
-    assert row.spread is not None
-    variances = (row.spread.train, row.spread.unlearn)
-    return [_name(row, " "), *("-" if variance is None else f"{math.sqrt(variance):.4f}" for variance in variances)]
+def _deviation(variance: float | None) -> str:
+    return "-" if variance is None else f"{math.sqrt(variance):.4f}"
 
 
 def _print_table(
@@ -166,7 +166,7 @@ def _print_table(
     lines: Callable[[str], Sequence[Sequence[str]]],
     parts: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Prints a table in the widest form that fits: one line a row, flags broken, all cells broken, in several `parts`.
+    """Prints a table in the widest form that fits: loose, tight, flags broken, all cells broken, in several `parts`.
 
     Args:
       columns: their names, no two alike.
@@ -174,19 +174,30 @@ def _print_table(
       parts: the columns of the tables that stand in for one.
     """
     whole = (columns,)
-    forms = ((" ", None, whole), (" ", 30, whole), ("\n", 14, whole), ("\n", None, parts or whole))
+    forms = (
+        (" ", 1, None, whole),
+        (" ", 0, None, whole),
+        (" ", 0, 30, whole),
+        ("\n", 0, 14, whole),
+        ("\n", 0, None, parts or whole),
+    )
     unlimited = console.options.update(max_width=10_000)
-    for joint, flags_width, shown in forms:
+    for joint, space, flags_width, shown in forms:
         rows = [dict(zip(columns, line, strict=True)) for line in lines(joint)]
-        tables = [_table(part, rows, joint, flags_width) for part in shown]
+        tables = [_table(part, rows, joint, space, flags_width) for part in shown]
         if all(console.measure(table, options=unlimited).maximum <= console.width for table in tables):
             break
-    console.print(*tables, sep="\n")
+    for number, table in enumerate(tables):
+        if number:
+            console.print()
+        console.print(table)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]], joint: str, flags_width: int | None) -> Table:
-    """A `joint` that is a line break also breaks the names of the columns in two."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, int(joint == " "), 0, 0))
+def _table(
+    columns: Sequence[str], rows: Sequence[Mapping[str, str]], joint: str, space: int, flags_width: int | None
+) -> Table:
+    """A `joint` that is a line break also breaks the names of the columns in two; `space` is what cells get besides."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, space, 0, 0))
     for name in columns:
         table.add_column(
             name.replace("_", "_\n", 1) if joint == "\n" else name,
