@@ -12,7 +12,7 @@ from jaxunlearn import files
 from jaxunlearn.devices import configuration
 from jaxunlearn.errors import LONGEST, one_line
 from jaxunlearn.registry import parse_value
-from jaxunlearn.results.tables import summarize
+from jaxunlearn.results.rows import summarize
 from jaxunlearn.runs import running
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]

@@ -15,7 +15,8 @@ from jaxunlearn.data.datasets import load
 from jaxunlearn.errors import UserError
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.results.tables import print_results, summarize
+from jaxunlearn.results.rows import summarize
+from jaxunlearn.results.tables import print_results
 from jaxunlearn.runs import preparation, running
 from jaxunlearn.runs.preparation import prepare
 from jaxunlearn.training import judging, resuming, saving
@@ -198,12 +199,12 @@ def test_an_untrained_row_is_not_ranked_not_averaged_and_no_reference():
     records = [record("retrain", 1, 0.9, **dead), record("scrub", 1, 0.5), record("scrub", 2, 0.7)]
     pretrained, scrub, retrain = summarize(records, {})
     assert (pretrained.method, scrub.method, retrain.method) == ("pretrained", "scrub", "retrain")
-    assert (retrain.untrained, retrain.ranked, retrain.mean["retain_acc"]) == (1, False, 0.9)
+    assert (retrain.untrained, retrain.learned, retrain.mean["retain_acc"]) == (1, False, 0.9)
     records[1] |= {"status": "untrained", "untrained_in": "pretrain", "attempts": {"pretrain": 2}}
     pretrained, scrub, retrain = summarize(records, {})
     assert (scrub.untrained, scrub.mean["retain_acc"], pretrained.untrained) == (1, 0.7, 1)
     text = io.StringIO()
     print_results([*records, record("better", 3, 0.95)], defaults={}, members=9, non_members=9, file=text)
-    assert "*" not in text.getvalue()  # nothing is above a reference, since there is none
+    assert "above retrain" not in text.getvalue()  # nothing is above a reference, since there is none
     assert "1 of 2 untrained" in text.getvalue()
     assert "Drawn again" in text.getvalue() and "retrain of seed 1 (attempt 5)" in text.getvalue()

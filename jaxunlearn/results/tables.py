@@ -1,65 +1,34 @@
 """The closing table: this run's results, ranked, above the benchmark's published ones."""
 
 import json
-import statistics
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxunlearn.errors import printable
 from jaxunlearn.evaluation.metrics import auc_standard_error
+from jaxunlearn.results.rows import SHOWN, Row, summarize
 
-SHOWN = ("retain_acc", "forget_acc", "forget_mia_auc", "unlearn_score", "symmetric_score")
 # Of output that is no terminal (a file, a pipe): every table fits, one line a row.
 FILE_WIDTH = 200
-
-
-class Row(NamedTuple):
-    """One line of the table: a method with one set of hyperparameters, over its seeds."""
-
-    method: str
-    variant: str  # 'name=value ...' of the hyperparameters that are not the method's defaults, else ''
-    seeds: int
-    diverged: int  # seeds of them that diverged: counted, never averaged
-    untrained: int  # seeds of them of whose models one learned nothing: averaged only where all are such
-    collapsed: int  # seeds of them that lost more than ten points on the retained classes: counted and averaged
-    mean: dict[str, float]  # by metric, over the seeds that count; empty if all diverged
-    std: dict[str, float]  # sample standard deviation (n - 1); empty below two such seeds
-    seconds: float | None  # mean over all seeds, unlearning and evaluation
-
-    @property
-    def ranked(self) -> bool:
-        """Whether it has a seed that learned and did not diverge."""
-        return self.seeds > self.diverged + self.untrained
-
-
-def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """One row a method and variant, best mean `symmetric_score` first, rows of which no seed counts last.
-
-    Before them comes `pretrained`, the model that each seed started from (`before`), if any record has one.
-
-    Args:
-      records: result records of one benchmark and protocol.
-      defaults: hyperparameters of each method when nothing is set; those of a method not named here are all shown.
-    """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for record in records:
-        usual = defaults.get(record["method"], {})
-        changed = {k: v for k, v in record["hyperparameters"].items() if k not in usual or usual[k] != v}
-        variant = printable(" ".join(f"{name}={value}" for name, value in changed.items()))
-        groups.setdefault((record["method"], variant), []).append(record)
-    rows = [
-        _row(*key, group, sum(r["timing"]["unlearn_s"] + r["timing"]["evaluate_s"] for r in group) / len(group))
-        for key, group in groups.items()
-    ]
-    rows.sort(key=lambda row: -row.mean["symmetric_score"] if row.ranked else float("inf"))
-    # The methods of one seed share a pretrained model: it counts once.
-    before = {record["seed"]: _before(record) for record in records if record["before"]}
-    return [_row("pretrained", "", list(before.values()), None), *rows] if before else rows
+SHORT = {"forget_mia_auc_augmented": "auc_augmented", "average_gap": "avg_gap"}
+COLUMNS = ("rank", "method", *(SHORT.get(name, name) for name in SHOWN), "seeds", "seconds", "flags")
+# Of a terminal that is too narrow for all of them: two tables, the scores and what is to be known of them.
+PARTS = (COLUMNS[:8], ("method", *COLUMNS[8:]))
+# By flag: what a row says, and what that means.
+WORDS = {
+    "collapsed": ("collapsed", "lost more than ten points on the retained classes"),
+    "inverted_membership": (
+        "inverted",
+        "the attack is wrong more often than chance and retraining explain, which reveals as much as being right",
+    ),
+    "above_retrain": ("above retrain", "a higher unlearn_score than retraining has, which is not better forgetting"),
+    "output_mask": ("like a mask", "answers as the pretrained model does without the class: nothing need be erased"),
+}
 
 
 def load_published() -> dict[str, Any]:
@@ -82,8 +51,8 @@ def print_results(
 ) -> None:
     """Prints `summarize(records, defaults)`, how to read it, and the benchmark's published results if it has any.
 
-    A cell is a fraction, over several seeds mean and sample standard deviation. On a terminal too narrow for that on
-    one line the deviation goes below the mean. An `unlearn_score` above that of the best `retrain` row is starred.
+    A cell is a fraction, over several seeds the mean and the half width of its 95% t-interval. On a terminal too narrow
+    for that on one line the half width goes below the mean; on one too narrow for that too the table is two.
 
     Args:
       records: as for `summarize`, at least one.
@@ -100,30 +69,31 @@ def print_results(
     )
     if not console.is_terminal:
         console.width = FILE_WIDTH
+    plus_minus = "±" if console.encoding.startswith("utf") else "+-"
     rows = summarize(records, defaults)
-    retrain = [row.mean["unlearn_score"] for row in rows if row.method == "retrain" and row.ranked]
-    ceiling = max(retrain, default=float("inf"))
-    starred = [row for row in rows if row.ranked and row.mean["unlearn_score"] > ceiling and row.method != "pretrained"]
-    error = auc_standard_error(members, non_members)
+    repeated = any(row.half_width for row in rows)
     bench = records[0]["bench"]
-
-    def results(joint: str) -> Table:
-        plus_minus = "±" if console.encoding.startswith("utf") else "+-"
-        lines = [_cells(row, joint + plus_minus, joint, starred) for row in rows]
-        return _table([*SHOWN, "seeds", "seconds"], lines, joint)
 
     precision, device = records[0]["protocol"]["precision"], records[0]["environment"]["device_kind"]
     console.print(f"{bench}, best symmetric_score first ({precision}, {device})", style="bold")
-    _print_table(console, results)
+    _print_table(console, COLUMNS, lambda joint: [_cells(row, joint, plus_minus) for row in rows], PARTS)
+    if repeated:
+        console.print(f"{plus_minus} is half the 95% t-interval of the mean over seeds.")
+    for line in _remarks(rows):
+        console.print(line)
     if redrawn := _redrawn(records):
         console.print(f"Drawn again, since nothing had been learned at first: {redrawn}")
-    if starred:
-        console.print("* above retraining from scratch: inverted membership, not better forgetting")
+    error = auc_standard_error(members, non_members)
+    shared = f"All seeds share these images: {plus_minus} leaves it out."
     console.print(
         f"Standard error of an AUC near 0.5 with {members} members and {non_members} non-members: {error:.4f}, "
         f"which is {error / 3:.4f} of unlearn_score and up to {2 * error / 3:.4f} of symmetric_score. "
-        "Smaller differences are ties."
+        f"{shared if repeated else 'Smaller differences are ties.'}"
     )
+    console.print("What the columns mean: docs/metrics.md")
+    if spread := [[_name(row, " "), *map(_deviation, row.spread[:2])] for row in rows if row.spread]:
+        console.print("\nDeviation of symmetric_score over originals, and over unlearnings of one", style="bold")
+        _print_table(console, ("method", "s_train", "s_unlearn"), lambda joint: spread)
 
     published = load_published()
     lines = [
@@ -133,15 +103,26 @@ def print_results(
     ]
     if lines:
         console.print("\nPublished results", style="bold")
-        _print_table(console, lambda joint: _table([*published["columns"], "from"], lines, joint))
+        _print_table(console, ("method", *published["columns"], "from"), lambda joint: lines)
         console.print(published["source"])
         console.print(published["legend"])
         if bench in published["notes"]:
             console.print(published["notes"][bench])
 
 
-def _before(record: Mapping[str, Any]) -> dict[str, Any]:
-    return record["before"] | {"status": "untrained" if record.get("untrained_in") == "pretrain" else "ok"}
+def _remarks(rows: Sequence[Row]) -> Iterable[str]:
+    """What is to be known to read these rows, a line each."""
+    if any(row.rank for row in rows):
+        yield "Rows share a rank where the 95% interval of their paired difference from its first holds zero."
+    if unranked := [row for row in rows if row.learned and not row.reference and row.rank is None]:
+        alone = not any(row.rank for row in rows)
+        names = ", ".join(_name(row, " ") for row in unranked)
+        yield "With one seed nothing is ranked." if alone else f"Of too few seeds to be ranked: {names}"
+    if any(row.reference for row in rows):
+        yield "ref: a reference, to compare with; it has no rank"
+    for name, (word, meaning) in WORDS.items():
+        if any(row.flags[name] for row in rows):
+            yield f"{word}: {meaning}"
 
 
 def _redrawn(records: Sequence[Mapping[str, Any]]) -> str:
@@ -155,51 +136,75 @@ def _redrawn(records: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{phase} of seed {seed} (attempt {count})" for (phase, seed), count in counts.items())
 
 
-def _row(method: str, variant: str, metrics: Sequence[Mapping[str, Any]], seconds: float | None) -> Row:
-    finite = [values for values in metrics if values["symmetric_score"] is not None]
-    diverged, learned = len(metrics) - len(finite), [v for v in finite if v.get("status") != "untrained"]
-    untrained, finite = len(finite) - len(learned), learned or finite
-    columns = {name: [values[name] for values in finite] for name in SHOWN}
-    return Row(
-        method=method,
-        variant=variant,
-        seeds=len(metrics),
-        diverged=diverged,
-        untrained=untrained,
-        collapsed=sum(values.get("collapsed", False) for values in metrics),
-        mean={name: statistics.fmean(column) for name, column in columns.items()} if finite else {},
-        std={name: statistics.stdev(column) for name, column in columns.items()} if len(finite) > 1 else {},
-        seconds=seconds,
+def _name(row: Row, joint: str) -> str:
+    return joint.join(filter(None, (row.method, row.variant)))
+
+
+def _cells(row: Row, joint: str, plus_minus: str) -> list[str]:
+    values = [f"{row.mean[name]:.4f}" if name in row.mean else "-" for name in SHOWN]
+    widths = [f"{joint}{plus_minus}{row.half_width[name]:.4f}" if name in row.half_width else "" for name in SHOWN]
+    values = [value + width.removeprefix(" ") for value, width in zip(values, widths, strict=True)]
+    if row.diverged == row.runs:
+        values[0] = "diverged"
+    states = [(row.diverged, "diverged"), (row.untrained, "untrained")]
+    counted = joint.join(f"{count} of {row.runs}{joint}{state}" for count, state in states if count)
+    seeds = str(row.seeds) if row.runs == row.seeds else f"{row.seeds}{joint}({row.runs} runs)"
+    seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
+    counts = {word: row.flags[name] for name, (word, _) in WORDS.items()}
+    flags = [word if count == row.runs else f"{word} {count}/{row.runs}" for word, count in counts.items() if count]
+    rank = "ref" if row.reference else str(row.rank or "-")
+    return [rank, _name(row, joint), *values, counted or seeds, seconds, ", ".join(flags)]
+
+
+def _deviation(variance: float | None) -> str:
+    return "-" if variance is None else f"{math.sqrt(variance):.4f}"
+
+
+def _print_table(
+    console: Console,
+    columns: Sequence[str],
+    lines: Callable[[str], Sequence[Sequence[str]]],
+    parts: Sequence[Sequence[str]] = (),
+) -> None:
+    """Prints a table in the widest form that fits: loose, tight, flags broken, all cells broken, in several `parts`.
+
+    Args:
+      columns: their names, no two alike.
+      lines: the cells of each row; a cell's pieces joined by what it is given, a space or a line break.
+      parts: the columns of the tables that stand in for one.
+    """
+    whole = (columns,)
+    forms = (
+        (" ", 1, None, whole),
+        (" ", 0, None, whole),
+        (" ", 0, 30, whole),
+        ("\n", 0, 14, whole),
+        ("\n", 0, None, parts or whole),
     )
-
-
-def _cells(row: Row, plus_minus: str, joint: str, starred: Sequence[Row]) -> list[str]:
-    cells = [joint.join(filter(None, (row.method, row.variant)))]
-    for name in SHOWN:
-        cell = f"{row.mean[name]:.4f}" if row.mean else "-"
-        if name == "unlearn_score" and row in starred:
-            cell += "*"
-        cells.append(cell + (f"{plus_minus}{row.std[name]:.4f}" if row.std else ""))
-    if row.diverged == row.seeds:
-        cells[1] = "diverged"
-    states = [(row.diverged, "diverged"), (row.untrained, "untrained"), (row.collapsed, "collapsed")]
-    counted = joint.join(f"{count} of {row.seeds}{joint}{state}" for count, state in states if count)
-    return [*cells, counted or str(row.seeds), "-" if row.seconds is None else f"{row.seconds:.1f}"]
-
-
-def _table(columns: Iterable[str], lines: Iterable[Sequence[str]], joint: str) -> Table:
-    """A table of a method and `columns`; a `joint` that is a line break also breaks the names of the columns in two."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, int(joint == " "), 0, 0))
-    table.add_column("method", overflow="fold")
-    for name in columns:
-        table.add_column(name.replace("_", "_\n", 1) if joint == "\n" else name, justify="right", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def _print_table(console: Console, build: Callable[[str], Table]) -> None:
-    """Prints `build(" ")` if it fits the width, else `build("\\n")`."""
-    wide = build(" ")
     unlimited = console.options.update(max_width=10_000)
-    console.print(wide if console.measure(wide, options=unlimited).maximum <= console.width else build("\n"))
+    for joint, space, flags_width, shown in forms:
+        rows = [dict(zip(columns, line, strict=True)) for line in lines(joint)]
+        tables = [_table(part, rows, joint, space, flags_width) for part in shown]
+        if all(console.measure(table, options=unlimited).maximum <= console.width for table in tables):
+            break
+    for number, table in enumerate(tables):
+        if number:
+            console.print()
+        console.print(table)
+
+
+def _table(
+    columns: Sequence[str], rows: Sequence[Mapping[str, str]], joint: str, space: int, flags_width: int | None
+) -> Table:
+    """A `joint` that is a line break also breaks the names of the columns in two; `space` is what cells get besides."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, space, 0, 0))
+    for name in columns:
+        table.add_column(
+            name.replace("_", "_\n", 1) if joint == "\n" else name,
+            justify="left" if name in ("rank", "method", "flags") else "right",
+            overflow="fold",
+            max_width=flags_width if name == "flags" else None,
+        )
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
+    return table

@@ -1,0 +1,140 @@
+"""The rows of the closing table: a method and variant over its seeds, ranked, with what is to be said of it."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from jaxunlearn.errors import printable
+from jaxunlearn.results.statistics import Components, ranks, t_interval, variance_components
+
+# Values of a record; the last is that of `companions.against_retrain`.
+SHOWN = (
+    "retain_acc",
+    "forget_acc",
+    "forget_mia_auc",
+    "forget_mia_auc_augmented",
+    "unlearn_score",
+    "symmetric_score",
+    "average_gap",
+)
+FLAGS = ("collapsed", "inverted_membership", "above_retrain", "output_mask")
+# What rules are compared with. `output_mask`, the pretrained model that never answers with the class, erases nothing.
+REFERENCES = ("pretrained", "retrain", "output_mask")
+
+
+class Row(NamedTuple):
+    """One line of the table: a method with one set of hyperparameters, over its seeds.
+
+    A seed with several unlearnings is the mean over them. A run is one unlearning of one seed.
+    """
+
+    method: str
+    variant: str  # 'name=value ...' of the hyperparameters that are not the method's defaults, else ''
+    seeds: int
+    runs: int
+    diverged: int  # runs of them that diverged: counted, never averaged
+    untrained: int  # runs of them of whose models one learned nothing: averaged only where all are such
+    flags: dict[str, int | None]  # by flag, the runs that have it; None where it can be told of no run
+    mean: dict[str, float]  # by value, over the seeds that count and have it; empty if all diverged
+    std: dict[str, float]  # sample standard deviation (n - 1) over these; without values of fewer than two seeds
+    half_width: dict[str, float]  # of the 95% t-interval of the mean, of the same
+    scores: dict[int, float]  # symmetric_score by seed, of those that count
+    spread: Components | None  # of symmetric_score; None where no seed was unlearned from twice
+    seconds: float | None  # mean over all runs, unlearning and evaluation
+    rank: int | None = None  # None: not to be ranked (see `ranks`), or a reference
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has a run that learned and did not diverge."""
+        return self.runs > self.diverged + self.untrained
+
+    @property
+    def reference(self) -> bool:
+        """Whether it is there to compare with; what diverged or learned nothing is no reference."""
+        return self.method in REFERENCES and self.learned
+
+
+def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """One row a method and variant, best mean `symmetric_score` first, rows of which no seed counts last.
+
+    Before them comes `pretrained`, the model that each seed started from (`before`), if any record has one. References
+    stand among the others and have no rank.
+
+    Args:
+      records: result records of one benchmark and protocol; flags and companions may be missing or None.
+      defaults: hyperparameters of each method when nothing is set; those of a method not named here are all shown.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        usual = defaults.get(record["method"], {})
+        changed = {k: v for k, v in record["hyperparameters"].items() if k not in usual or usual[k] != v}
+        variant = printable(" ".join(f"{name}={value}" for name, value in changed.items()))
+        groups.setdefault((record["method"], variant), []).append(record)
+    rows = [
+        _row(*key, group, fmean(r["timing"]["unlearn_s"] + r["timing"]["evaluate_s"] for r in group))
+        for key, group in groups.items()
+    ]
+    rows.sort(key=lambda row: -row.mean["symmetric_score"] if row.learned else float("inf"))
+    rows = _compared(rows)
+    # The methods of one seed share a pretrained model: it counts once.
+    before = {record["seed"]: _before(record) for record in records if record["before"]}
+    return [_row("pretrained", "", list(before.values()), None), *rows] if before else rows
+
+
+def _before(record: Mapping[str, Any]) -> dict[str, Any]:
+    status = "untrained" if record.get("untrained_in") == "pretrain" else "ok"
+    return record["before"] | {"seed": record["seed"], "status": status}
+
+
+def _row(method: str, variant: str, runs: Sequence[Mapping[str, Any]], seconds: float | None) -> Row:
+    finite = [run for run in runs if run["symmetric_score"] is not None]
+    learned = [run for run in finite if run.get("status") != "untrained"]
+    counting: dict[int, list[dict[str, Any]]] = {}
+    for run in learned or finite:
+        counting.setdefault(run["seed"], []).append(_values(run))
+    columns = {name: _by_seed(counting, name) for name in SHOWN}
+    several = {name: list(column.values()) for name, column in columns.items() if len(column) > 1}
+    scores = {seed: [values["symmetric_score"] for values in group] for seed, group in counting.items()}
+    return Row(
+        method=method,
+        variant=variant,
+        seeds=len({run["seed"] for run in runs}),
+        runs=len(runs),
+        diverged=len(runs) - len(finite),
+        untrained=len(finite) - len(learned),
+        flags={name: _count(runs, name) for name in FLAGS},
+        mean={name: fmean(column.values()) for name, column in columns.items() if column},
+        std={name: stdev(column) for name, column in several.items()},
+        half_width={name: width for name, column in several.items() if (width := t_interval(column)) is not None},
+        scores=columns["symmetric_score"],
+        spread=variance_components(scores),
+        seconds=seconds,
+    )
+
+
+def _values(run: Mapping[str, Any]) -> dict[str, float | None]:
+    against = (run.get("companions") or {}).get("against_retrain") or {}
+    return {name: run.get(name) for name in SHOWN} | {"average_gap": against.get("average_gap")}
+
+
+def _by_seed(counting: Mapping[int, Sequence[Mapping[str, Any]]], name: str) -> dict[int, float]:
+    known = {seed: [run[name] for run in group if run[name] is not None] for seed, group in counting.items()}
+    return {seed: fmean(values) for seed, values in known.items() if values}
+
+
+def _count(runs: Sequence[Mapping[str, Any]], flag: str) -> int | None:
+    known = [value for run in runs if (value := (run.get("flags") or {}).get(flag)) is not None]
+    return sum(known) if known else None
+
+
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their ranks; what the records do not say of `above_retrain`, the best `retrain` row does."""
+    found = ranks([row.scores if row.learned and not row.reference else {} for row in rows])
+    ceilings = [row.mean["unlearn_score"] for row in rows if row.method == "retrain" and row.reference]
+    compared = []
+    for row, rank in zip(rows, found, strict=True):
+        above = row.flags["above_retrain"]
+        if above is None and ceilings and row.learned:
+            above = row.runs * (row.mean["unlearn_score"] > max(ceilings))
+        compared.append(row._replace(rank=rank, flags=row.flags | {"above_retrain": above}))
+    return compared
