@@ -34,6 +34,7 @@ LEAVES = {
     "params/layer1.0.conv1/kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
     "count": np.asarray(7, np.int32),
     "extra/low": np.asarray([1.5, -2], ml_dtypes.bfloat16),
+    "params/linear/bias": np.asarray([-np.inf, 1], np.float32),  # of an output mask
     "extra/none": np.zeros((0, 3), np.float32),
     "extra/mask": np.asarray([True, False]),
 }
@@ -58,7 +59,7 @@ def assert_same(one, other):
 
 
 def test_round_trip_keeps_everything_and_removes_what_it_replaces(tmp_path):
-    for one in (saved(1), saved(2), saved(2, 30, diverged=17)):
+    for one in (saved(0), saved(1), saved(2), saved(2, 30, diverged=17)):
         save_together([entry(tmp_path)], [one])
         (again,) = load_together([entry(tmp_path)], ABSTRACT)
         assert_same(again, one)

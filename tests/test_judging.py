@@ -180,6 +180,18 @@ def test_seeds_that_fell_behind_first_come_as_far_as_those_that_wait():
     assert resuming._next([dead, good._replace(position=Position(6, 0))], [4, 0], judge, 6) == (6, [])
 
 
+def test_what_takes_no_epoch_begins_and_is_done():
+    done = Saved({}, Position(0, 0), 0.0, None, {})
+    assert resuming._next([None, done, None], [0, 0, 0], None, 0) == (0, [[0, 2]])
+    assert resuming._next([done, done], [0, 0], None, 0) == (0, [])
+
+
+def test_curves_are_the_means_of_whole_epochs():
+    one = saved([100, None, 50], [500, None, 125])._replace(position=Position(2, 7))
+    assert resuming._curves(one, 250) == {"accuracy": [0.4, None], "loss": [2.0, None]}
+    assert resuming._curves(one._replace(sums={}), 250) == {}
+
+
 def test_attempts_are_at_least_one(tmp_path):
     with pytest.raises(UserError, match="--attempts 0: it must be at least 1"):
         results(request_of(tmp_path, attempts=0))

@@ -7,7 +7,7 @@ import jax
 import pytest
 from tiny import PROTOCOL, make_unlearning, mesh_of
 
-from jaxunlearn.registry import get_method, names
+from jaxunlearn.registry import BASELINES, get_method, names
 
 REFERENCE = {"harness.py", "sides.py"}  # of PyTorch: the folder alone is named
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -35,4 +35,5 @@ def test_every_file_of_the_layout_exists():
     present = {path.name for path in folder.rglob("*.py") if ".venv" not in path.parts}
     assert set(named) <= present
     package = {path.name for path in (folder / "jaxunlearn").rglob("*.py") if not path.name.startswith("__")}
-    assert package - set(named) == {f"{kind}{name}.py" for name in names() for kind in ("", "torch_")} | REFERENCE
+    rules = {f"{name}.py" for name in names()} | {f"torch_{name}.py" for name in BASELINES}
+    assert package - set(named) == rules | REFERENCE

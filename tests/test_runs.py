@@ -123,6 +123,8 @@ STEPPED = dataclasses.replace(DIGITS, epoch_length="retain")  # 300 images make 
 @pytest.mark.parametrize("at", [1, 7, 15, 17, 25], ids=["first", "middle", "pretrained", "unlearning", "last"])
 def test_a_run_that_stops_anywhere_goes_on_from_there_and_ends_the_same(tmp_path, monkeypatch, at):
     options = {"seeds": (3, 4), "protocol": STEPPED, "method": "retain_finetune"}
+    curves, curves_of = [], resuming._curves
+    monkeypatch.setattr(resuming, "_curves", lambda *args: curves.append(curves_of(*args)) or curves[-1])
     undisturbed = results(request_of(tmp_path / "a", **options))
     stop_after(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
@@ -132,6 +134,33 @@ def test_a_run_that_stops_anywhere_goes_on_from_there_and_ends_the_same(tmp_path
     resumed = results(request_of(tmp_path / "b", **options))
     assert len(steps) == 3 * 5 + 2 * 5 - at  # none twice
     assert list(map(numbers, resumed)) == list(map(numbers, undisturbed))
+    assert curves[-4:] == curves[:4]  # two phases of two seeds
+    for curve, epochs in zip(curves[:4], (3, 3, 2, 2), strict=True):
+        assert curve.keys() == {"loss", "accuracy"} and {len(means) for means in curve.values()} == {epochs}
+        assert all(0 < mean < 5 for means in curve.values() for mean in means)
+
+
+def test_a_rule_that_takes_no_step_changes_the_model_once(tmp_path, monkeypatch):
+    rule = tmp_path / "half.py"
+    rule.write_text(
+        "import functools, jax\n"
+        "from jaxunlearn.methods.rule import UnlearningRule, init_state\n"
+        "def rule(context):\n"
+        "    def prepare(params, state, retain_set, forget_set):\n"
+        "        return jax.tree.map(lambda x: x / 2, params), state\n"
+        "    return UnlearningRule(functools.partial(init_state, context), None, prepare)\n"
+    )
+    request = request_of(tmp_path, method=str(rule), seeds=(1, 2))
+    interrupted = running.results(prepare(request, QUIET))
+    first, _ = next(interrupted)
+    interrupted.close()
+    assert (first["status"], first["unlearn_steps"]) == ("ok", 0)
+    assert first["throughput"]["unlearn_steps_per_s"] is None
+    assert first["retain_acc"] != first["before"]["retain_acc"]
+    monkeypatch.setattr(Unlearning, "_prepare", lambda *_: pytest.fail("prepared again"))
+    again = results(request)
+    assert numbers(again[0]) == numbers(first)
+    assert not list(tmp_path.glob("cache/unlearning/*"))
 
 
 def test_a_disk_that_is_full_ends_no_run(tmp_path, monkeypatch):

@@ -241,6 +241,22 @@ def test_prepare_sees_every_clean_image_once_and_changes_what_the_steps_get():
             np.testing.assert_array_equal(labels, data.labels[indices])
 
 
+def test_a_rule_without_steps_is_what_prepare_makes_of_each_seed():
+    found = []
+    for seeds in (SEEDS, SEEDS[1:]):
+        with jax.set_mesh(mesh_of()):
+            run, keys = unlearning_of("output_mask", PROTOCOL, seeds, mesh_of())
+            run.compile(len(seeds))
+            models = make_models(PROTOCOL, seeds, mesh_of())
+            found.append(jax.device_get((run.start(*models, keys), models)))
+    assert run.epochs == 0 and not run._loop._programs
+    (carry, (params, batch_stats)), (alone, _) = found
+    bias = np.where(np.arange(CLASSES) == PROTOCOL.forget_class, -np.inf, params["linear"]["bias"])
+    expected = params | {"linear": params["linear"] | {"bias": bias}}
+    jax.tree.map(np.testing.assert_array_equal, (carry.params, carry.batch_stats), (expected, batch_stats))
+    jax.tree.map(np.testing.assert_array_equal, seed_of(carry, 1), alone)
+
+
 def halved(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float16), tree)
 
@@ -257,7 +273,12 @@ BROKEN = {
         "init changed the structure of batch_stats",
     ),
     "step fails": ({"step": raised}, "ValueError: first line second line$"),
-    "step is none": ({"step": None}, "callable"),
+    "step is no function": ({"step": 3}, "callable"),
+    "nothing changes the model": ({"step": None}, "it has neither step nor prepare$"),
+    "init returns no state, and there is no step": (
+        {"init": lambda p, b, k: (p, b), "step": None, "prepare": lambda p, s, r, f: (p, s)},
+        "init returned tuple, it must return a RuleState",
+    ),
     "step draws with NumPy": (
         {"step": lambda p, s, r, f: (p, s, {"loss": r.images.mean() * np.random.default_rng(0).normal()})},
         r"step draws with numpy.random, which .* use jax.random with state.key, in a class with model.random_key\(\)",
@@ -297,6 +318,7 @@ def test_a_rule_that_breaks_the_contract_is_refused_in_one_line(how):
     rule = UnlearningRule(
         parts.get("init", lambda p, b, k: init_state(context, p, b, k)),
         parts.get("step", lambda p, s, r, f: (p, s, {"loss": 0.0})),
+        parts.get("prepare"),
     )
     with pytest.raises(UserError, match=f"^method 'mine' does not keep the rule contract: .*{message}") as caught:
         check_rule(method_of(None), rule, context, [(4, 4)])
