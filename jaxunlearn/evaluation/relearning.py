@@ -24,7 +24,7 @@ from jaxunlearn.randomness import Stream, step_keys, stream_key
 from jaxunlearn.training.loop import Chunk, Compiled, EpochLoop, Timing
 from jaxunlearn.training.pretraining import TrainState, make_optimizer, train_step
 
-STEPS = 20
+STEPS = 10  # by then every model answers the class, and more steps would only blur what the first ones show
 RATE = 0.1  # of the pretraining's learning rate
 BLOCK = 250  # images that are evaluated at once, at most: between steps there is memory for a batch of training
 HEAD, ORDER, STEP = range(3)  # what is drawn for a seed
