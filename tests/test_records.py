@@ -171,6 +171,13 @@ def test_no_nan_on_disk(path, value):
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize("changes", [{"schema": 1}, {"retain_acc": 1.5}, {"retain_ac": 1}, {"before": {}}])
+def test_what_does_not_fit_is_not_written(path, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        records.write(path, make(**changes), force=True)
+    assert not path.exists()
+
+
 def test_what_is_written_is_read(path):
     for unlearn_seed, record in enumerate([make(), make("diverged")]):
         place = path.with_stem(f"seed42-unlearn{unlearn_seed}")

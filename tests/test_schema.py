@@ -154,6 +154,7 @@ def test_what_a_record_may_be(changes):
         ("before.retain_acc", None, "before.forget_acc is 0.9: it must be null, since retain_acc is null"),
         ("before", [], "before is a list: it must be an object or null"),
         ("curves.unlearn.forget_loss.1", "x", 'curves.unlearn.forget_loss[1] is "x": it must be a number or null'),
+        ("curves.unlearn", {"\n": [True]}, "curves.unlearn.\\n[0] is true: it must be a number or null"),
         ("flags.collapsed", 1, "flags.collapsed is 1: it must be true or false or null"),
         ("protocol.std.1", 0, "protocol.std[1] is 0: it must be more than 0"),
         ("protocol.adam_b1", 1, "protocol.adam_b1 is 1: it must be less than 1"),

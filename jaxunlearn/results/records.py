@@ -84,8 +84,9 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
 
     Raises:
       UserError: the old record cannot be read, or is of a newer version (without `force`).
-      ValueError, TypeError: `record` has a NaN, an infinity or something that is no JSON value.
+      ValueError, TypeError: `record` is not what the schema says.
     """
+    schema.check(record)
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if not force and path.exists():
         old = _existing(path)

@@ -104,7 +104,7 @@ def _validator() -> Any:
 def _line(error: Any) -> str:
     """What is wrong, of an error of jsonschema's, in our words."""
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path]
-    place = "".join(steps).removeprefix(".")
+    place = printable("".join(steps).removeprefix("."))
     kind, wanted, value = error.validator, error.validator_value, error.instance
     if kind == "required":
         return f"{place or 'it'} lacks '{next(name for name in wanted if name not in value)}'"
