@@ -134,7 +134,6 @@ def test_settings_that_only_one_side_has(path, key):
         (b'{"a":\n\n\n nan}', "it is no JSON in line 4, column 2"),
         (b"\xff\xfe", "it is not UTF-8"),
         (b"[]", "it is not a result record"),
-        (b'{"status": "ok"}', "it is not a result record"),
         (GOOD.replace(b"0.9", b"NaN", 1), "NaN is not a finite number"),
         (GOOD.replace(b"0.9", b"-Infinity", 1), "-Infinity is not a finite number"),
         (GOOD.replace(b"0.9", b"1e999", 1), "1e999 is not a finite number"),
@@ -145,7 +144,7 @@ def test_settings_that_only_one_side_has(path, key):
         (GOOD + b" " * records.LARGEST, "it is too large for a record"),
         (GOOD.replace(b'"schema": 2', b'"schema": 3', 1), "written by a newer version of jaxunlearn: update it"),
     ],
-    ids=range(15),
+    ids=range(14),
 )
 def test_unreadable_record_is_kept(path, content, reason):
     put(path, content)
@@ -153,13 +152,22 @@ def test_unreadable_record_is_kept(path, content, reason):
         with pytest.raises(UserError) as caught:
             call()
         assert str(caught.value) == f"cannot read the record {path} ({reason}): pass --force to replace it"
-    if content != b'{"status": "ok"}':  # of which more is to be said
-        with pytest.raises(UserError) as caught:
-            records.read(path)
-        assert str(caught.value) == f"cannot read the record {path}: {reason}"
+    with pytest.raises(UserError) as caught:
+        records.read(path)
+    assert str(caught.value) == f"cannot read the record {path}: {reason}"
     assert path.read_bytes() == content
     check(path, make(), force=True)
     assert records.write(path, make(), force=True)
+
+
+@pytest.mark.parametrize("content", [{}, {"status": "ok"}, {"status": "ok", "protocol": {}, "hyperparameters": []}])
+def test_what_is_no_record_is_kept(path, content):
+    put(path, content)
+    for call in (lambda: check(path, make()), lambda: records.write(path, make(), force=False)):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert str(caught.value) == f"{path} is not a result record: pass --force to replace it"
+    assert json.loads(path.read_text()) == content
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])

@@ -102,11 +102,10 @@ def _existing(path: Path) -> dict[str, Any]:
     try:
         record = _parse(path)
         schema.upgrade(record)  # refuses newer ones
-        settings = record.get("protocol"), record.get("hyperparameters")
-        if not all(isinstance(setting, dict) for setting in settings) or "status" not in record:
-            raise ValueError("it is not a result record")
     except ValueError as error:
         raise UserError(f"cannot read the record {path} ({error}): pass --force to replace it") from error
+    if not all(isinstance(record.get(key), dict) for key in ("protocol", "hyperparameters")) or "status" not in record:
+        raise UserError(f"{path} is not a result record: pass --force to replace it")
     return record
 
 
