@@ -25,44 +25,50 @@ def undisturbed(tmp_path_factory, compiled):
     return outcomes
 
 
-def kill_and_resume(folder, compiled, setup, moment):
-    """Kills at a random moment: once a random position is passed, at times while a checkpoint is written."""
-    rng = random.Random(moment)
-    job = Job(folder, compiled, setup)
+def a_moment(number):
+    """A random position, whether to wait from there for a checkpoint that is being written, else how long to wait."""
+    rng = random.Random(number)
     phase = rng.randrange(1 + len(METHODS))
-    target = (
-        phase,
-        rng.randrange(DIGITS.pretrain_epochs if phase == 0 else DIGITS.unlearn_epochs),
-        rng.randrange(STEPS),
-    )
-    while_writing, delay = moment % 2 == 0, rng.uniform(0, 0.1)
-    process = job.start()
-    try:
-        while process.poll() is None and job.progress() < target:
-            time.sleep(0.01)
-        if while_writing:
-            while process.poll() is None and not list(job.folder.glob("cache/*/*/*.orbax-checkpoint-tmp*")):
-                time.sleep(0.001)
-        else:
-            time.sleep(delay)
-    finally:
-        process.kill()
-        process.communicate()
-    killed_at = job.progress()
-    return process.returncode, killed_at, job.finish(), job.outcome()
+    epoch = rng.randrange(DIGITS.pretrain_epochs if phase == 0 else DIGITS.unlearn_epochs)
+    return (phase, epoch, rng.randrange(STEPS)), number % 2 == 0, rng.uniform(0, 0.1)
+
+
+def kill_and_resume(folder, compiled, setup, moments):
+    """Kills a run at each of these moments, starting it again in between, and then lets it end."""
+    job, kills = Job(folder, compiled, setup), []
+    for target, while_writing, delay in sorted(moments):
+        before = job.progress()
+        process = job.start()
+        try:
+            while process.poll() is None and (job.progress() < target or job.progress() <= before):
+                time.sleep(0.01)
+            if while_writing:
+                while process.poll() is None and not list(job.folder.glob("cache/*/*/*.orbax-checkpoint-tmp*")):
+                    time.sleep(0.001)
+            else:
+                time.sleep(delay)
+        finally:
+            process.kill()
+            _, err = process.communicate()
+        kills.append((process.returncode, job.progress(), err))
+    return kills, job.finish(), job.outcome()
 
 
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path, compiled, undisturbed, setup):
+    moments = [a_moment(number) for number in range(10)]
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(kill_and_resume, tmp_path / str(n), compiled, setup, n) for n in range(10)]
+        jobs = [
+            pool.submit(kill_and_resume, tmp_path / str(n), compiled, setup, moments[5 * n : 5 * n + 5]) for n in (0, 1)
+        ]
     results = [job.result() for job in jobs]
-    for code, killed_at, err, outcome in results:
+    kills = [kill for killed, *_ in results for kill in killed]
+    for _, err, outcome in results:
         assert err == ""  # nothing was damaged
-        assert outcome == undisturbed[setup], killed_at
-        assert code in (-signal.SIGKILL, 0)
-    assert sum(code != 0 for code, *_ in results) >= 8  # the last moments may come too late
-    assert len({killed_at for _, killed_at, *_ in results}) >= 5
+        assert outcome == undisturbed[setup], kills
+    assert {code for code, *_ in kills} <= {-signal.SIGKILL, 0} and not any(err for *_, err in kills), kills
+    assert sum(code != 0 for code, *_ in kills) >= 8  # the last moments may come too late
+    assert len({killed_at for _, killed_at, _ in kills}) >= 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])

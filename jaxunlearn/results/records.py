@@ -1,10 +1,11 @@
 """Result records: one JSON file a benchmark, method and seed.
 
-A record is a plain dictionary whose keys keep the order in which the run built it; the README lists them.
+A record is a plain dictionary whose keys keep the order in which the run built it; `schema.json` says what they are.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,21 +13,43 @@ from typing import Any
 
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import exists, write_atomically
+from jaxunlearn.results import schema
+
+# What no record comes near: bytes of a file, digits of a number, objects and lists inside each other.
+LARGEST, LONGEST, DEEPEST = 2**24, 300, 100
 
 
-def record_path(out: Path, bench: str, method: str, seed: int, differs: Mapping[str, Any]) -> Path:
-    """OUT/<bench>/<method>[-<8 hex>]/seed<k>.json.
+def record_path(
+    out: Path, bench: str, method: str, seed: int, differs: Mapping[str, Any], unlearn_seed: int = 0
+) -> Path:
+    """OUT/<bench>/<method>[-<8 hex>]/seed<k>[-unlearn<j>].json.
 
     Args:
       differs: protocol fields and hyperparameters that are not the benchmark's own, JSON values. Their hash,
         independent of key order, keeps such runs apart from the benchmark's; empty means none. `1` and `1.0` hash
         differently.
+      unlearn_seed: named only if it is not 0.
     """
     suffix = ""
     if differs:
         canonical = json.dumps(differs, sort_keys=True, separators=(",", ":"), allow_nan=False)
         suffix = "-" + hashlib.sha256(canonical.encode()).hexdigest()[:8]
-    return out / bench / f"{method}{suffix}" / f"seed{seed}.json"
+    again = f"-unlearn{unlearn_seed}" if unlearn_seed else ""
+    return out / bench / f"{method}{suffix}" / f"seed{seed}{again}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in a file, of this version or an older one, as one of this version.
+
+    Raises:
+      UserError: there is none that can be read, it is of a newer version, or it is not what the schema says.
+    """
+    try:
+        record = schema.upgrade(_parse(path))
+        schema.check(record)
+    except ValueError as error:
+        raise UserError(f"cannot read the record {path}: {error}") from error
+    return record
 
 
 def check_overwrite(path: Path, protocol: Mapping[str, Any], hyperparameters: Mapping[str, Any], force: bool) -> None:
@@ -34,7 +57,7 @@ def check_overwrite(path: Path, protocol: Mapping[str, Any], hyperparameters: Ma
 
     Raises:
       UserError: the folder cannot be written, or (without `force`) the record there has another protocol or other
-        hyperparameters, or cannot be read.
+        hyperparameters, is of a newer version, or cannot be read.
     """
     try:
         found = exists(path)
@@ -42,7 +65,7 @@ def check_overwrite(path: Path, protocol: Mapping[str, Any], hyperparameters: Ma
         raise UserError(f"cannot write {path}: {os.strerror(error.errno or 0)}") from None
     if force or not found:
         return
-    differences = _differences(_read(path), protocol, hyperparameters)
+    differences = _differences(_existing(path), protocol, hyperparameters)
     if differences:
         raise UserError(
             f"{path} holds a result of other settings ({'; '.join(differences)}): "
@@ -60,12 +83,13 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
       Whether the record was written; False means the old one was kept.
 
     Raises:
-      UserError: the old record cannot be read (without `force`).
-      ValueError, TypeError: `record` has a NaN, an infinity or something that is no JSON value.
+      UserError: the old record cannot be read, or is of a newer version (without `force`).
+      ValueError, TypeError: `record` is not what the schema says.
     """
+    schema.check(record)
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if not force and path.exists():
-        old = _read(path)
+        old = _existing(path)
         better = (old["status"] == "ok" and record["status"] != "ok") or (_verified(old) and not _verified(record))
         if better or _differences(old, record["protocol"], record["hyperparameters"]):
             return False
@@ -73,16 +97,75 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
     return True
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _existing(path: Path) -> dict[str, Any]:
+    """The record that one would replace, as it is there: what is compared is what was written then."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the record {path} ({reason}): pass --force to replace it") from error
-    settings = [record.get(key) for key in ("protocol", "hyperparameters")] if isinstance(record, dict) else [None]
-    if not (all(isinstance(setting, dict) for setting in settings) and "status" in record):
+        record = _parse(path)
+        schema.upgrade(record)  # refuses newer ones
+    except ValueError as error:
+        raise UserError(f"cannot read the record {path} ({error}): pass --force to replace it") from error
+    if not all(isinstance(record.get(key), dict) for key in ("protocol", "hyperparameters")) or "status" not in record:
         raise UserError(f"{path} is not a result record: pass --force to replace it")
     return record
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, in one line, for what is none or is none that `write` wrote."""
+    if not os.path.isfile(path):  # a device or a pipe may never end
+        raise ValueError("no such file")
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise ValueError(os.strerror(error.errno or 0)) from error
+    if len(content) > LARGEST:
+        raise ValueError("it is too large for a record")
+    try:
+        record = json.loads(
+            content.decode(),
+            object_pairs_hook=_object,
+            parse_constant=_number,
+            parse_float=_number,
+            parse_int=_whole_number,
+        )
+        _check_depth(record, DEEPEST)
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON in line {error.lineno}, column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply for a record") from error
+    if not isinstance(record, dict):
+        raise ValueError("it is not a result record")
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has '{twice}' twice")
+    return made
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > LONGEST:
+        raise ValueError(f"it has a number of {len(text)} digits")
+    return int(text)
+
+
+def _check_depth(value: Any, levels: int) -> None:
+    if not levels:
+        raise RecursionError
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(inner, levels - 1)
 
 
 def _verified(record: Mapping[str, Any]) -> bool:
