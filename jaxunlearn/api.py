@@ -24,7 +24,7 @@ class Records(list[dict[str, Any]]):
         self._facts = facts
 
     def table(self) -> str:
-        """The table that the command prints: methods ranked, mean and deviation over seeds, the published rows."""
+        """The table that the command prints: methods ranked, mean and interval over seeds, the published rows."""
         from jaxunlearn.results.tables import print_results
 
         text = io.StringIO()
@@ -72,8 +72,8 @@ def run(
     Args:
       bench: the benchmark's name, such as "resnet20-digits-class0".
       methods: names, rule files, or rules themselves: functions as `loss_rule` makes them, classes with an
-        `unlearn_step`. None: the four baselines and the output mask. Nobody can say what a function depends on, so an interrupted
-        unlearning by one starts again at its first step.
+        `unlearn_step`. None: the four baselines and the output mask. Nobody can say what a function depends on, so an
+        interrupted unlearning by one starts again at its first step.
       seeds: several train together; "0-7" is understood too.
       set: hyperparameters, such as {"scrub.temperature": 2}.
       init_weights: a file of a PyTorch state_dict to start from, in place of pretraining.

@@ -42,7 +42,7 @@ COMPANIONS = {
         "svc_attack": 0.7,
         "probe_acc": 0.9,
         "probe_excess": 0.05,
-        "relearning": [0.05 * step for step in range(20)] + [1.0],
+        "relearning": [0.1 * step for step in range(10)] + [1.0],
         "relearn_ratio": 1.2,
     },
 }

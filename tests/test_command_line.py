@@ -47,7 +47,7 @@ def request_of(name, text):
         "--method bad_teacher --set bad_teacher.reset_bn=True --unlearn-seeds 3 --evaluate full",
         "--method scrub --against-retrain --attempts 1 --devices 2 --deterministic",
         "--method scrub --pretrain-epochs 8 --epoch-length retain --drop-last --mia-augment --train-limit 500",
-        "--method scrub --set protocol.pretrain_lr=0.05 --set protocol.flip=False --set 'protocol.mean=(0.5, 0.5, 0.5)'",
+        "--method scrub --set protocol.pretrain_lr=0.05 --set protocol.flip=False --set 'protocol.std=(1.0, 0.5, 1.0)'",
     ],
 )
 @pytest.mark.parametrize("name", [CIFAR, "resnet20-digits-class0"])
@@ -67,7 +67,10 @@ def test_the_command_of_a_record_makes_its_request_again(name, text):
 
 def test_a_default_request_has_a_short_command():
     request = request_of(CIFAR, "")
-    assert command_of(request, request.methods[0]) == f"jaxunlearn bench --bench {CIFAR} --method retain_finetune --seeds 42"
+    assert (
+        command_of(request, request.methods[0])
+        == f"jaxunlearn bench --bench {CIFAR} --method retain_finetune --seeds 42"
+    )
 
 
 def test_a_command_names_no_folder(tmp_path):

@@ -11,9 +11,7 @@ from jaxunlearn.evaluation.metrics import METRICS
 from jaxunlearn.evaluation.predictions import Predictions, Sets
 
 CLASSES, FORGET = 3, 0
-LABELS = Sets(
-    np.array([0, 0, 1, 1, 2, 2, 2, 2]), np.array([0, 0, 0]), np.array([0, 0, 0]), np.array([1, 2, 1, 2])
-)
+LABELS = Sets(np.array([0, 0, 1, 1, 2, 2, 2, 2]), np.array([0, 0, 0]), np.array([0, 0, 0]), np.array([1, 2, 1, 2]))
 
 
 def says(labels, answers, confidence=0.9):
@@ -66,6 +64,7 @@ def test_metrics_keep_both_areas_and_score_by_one():
 
 def masked(predictions):
     """The model with the class ruled out."""
+
     def ruled_out(logits):
         return np.where(np.arange(CLASSES) == FORGET, -np.inf, logits).astype(np.float32)
 
@@ -91,7 +90,12 @@ def test_a_model_is_at_no_distance_from_itself_and_far_from_another():
         "js": pytest.approx(0, abs=1e-12),
         "activation_distance": 0,
     }
-    assert other["gaps"] == {"retain_train": 1 / 4, "forget_train": 1, "retain_test": pytest.approx(1 / 3), "forget_test": 1}
+    assert other["gaps"] == {
+        "retain_train": 1 / 4,
+        "forget_train": 1,
+        "retain_test": pytest.approx(1 / 3),
+        "forget_test": 1,
+    }
     assert other["tug_of_war"] == 0 and other["activation_distance"] == pytest.approx(0.85 * math.sqrt(2))
 
 

@@ -115,7 +115,7 @@ def test_one_attempt_gives_the_row_as_it_is(tmp_path, dying, monkeypatch):
     first, second = results(request_of(tmp_path, seeds=(1, 2), attempts=1, protocol=LONGER))
     assert (first["status"], first["untrained_in"], second["status"]) == ("untrained", "pretrain", "ok")
     assert first["retain_acc"] == pytest.approx(1 / 9, abs=0.03)  # one answer for all
-    assert (first["retain_acc"], first["collapsed"]) == (first["before"]["retain_acc"], False)
+    assert (first["retain_acc"], first["flags"]["collapsed"]) == (first["before"]["retain_acc"], False)
     monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained on"))
     monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))
     (again,) = results(request_of(tmp_path, seeds=(1,), attempts=1, protocol=LONGER))

@@ -67,8 +67,8 @@ class Companions:
 
     def against_retrain(self, own: Predictions, reference: Predictions) -> dict[str, Any]:
         """How far a finite model is from a finite one that never saw the class."""
-        accuracies = [self._accuracies(one) for one in (own, reference)]
-        areas = [self.metrics(one)["forget_mia_auc"] for one in (own, reference)]
+        accuracies = self._accuracies(own), self._accuracies(reference)
+        areas = self.metrics(own)["forget_mia_auc"], self.metrics(reference)["forget_mia_auc"]
         members = own.logits.forget_train, reference.logits.forget_train
         return {
             "gaps": distances.gaps(*accuracies),
@@ -86,9 +86,7 @@ class Companions:
         test, forget_train, _, retain_train = true
         return {
             "svc_attack": svc_attack(retain_train, test[tests], forget_train),
-            "probe_acc": probe_accuracy(
-                features.forget_train, features.retain_train, features.test, self._is_forget
-            ),
+            "probe_acc": probe_accuracy(features.forget_train, features.retain_train, features.test, self._is_forget),
             "probe_excess": None,
             "relearning": [round(float(value), 6) for value in relearning],
             "relearn_ratio": None,

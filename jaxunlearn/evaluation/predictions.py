@@ -1,6 +1,7 @@
 """Evaluation on the device: what models say of the test images and of training images, all seeds together."""
 
 import io
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -93,11 +94,11 @@ class Evaluator:
         seeded = (params, batch_stats, place_seeds(keys, self._mesh))
         _, outputs = self._loop.run((), seeded, self._images, 0, self._plan, report)
         flat = {name: value.reshape(len(value), -1, value.shape[-1]) for name, value in outputs.items()}
-        return [Predictions(*(self._sets(flat[name][i]) if name in flat else None for name in Predictions._fields))
-                for i in range(len(keys))]  # fmt: skip
-
-    def _sets(self, values: np.ndarray) -> Sets:
-        return Sets(*(values[part] for part in self._slices))
+        logits, features = (
+            [Sets(*(values[part] for part in self._slices)) for values in flat.get(name, ())]
+            for name in ("logits", "features")
+        )
+        return list(itertools.starmap(Predictions, itertools.zip_longest(logits, features)))
 
 
 def _predict_step(network: Network, protocol: Protocol, augmented: slice, features: bool) -> Any:

@@ -79,8 +79,8 @@ class Request:
         """What every process of a run must have been told alike."""
         methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
         told = self.devices, self.deterministic, self.attempts, self.export_weights is not None
-        told += self.unlearn_seeds, self.evaluate, self.keep_predictions
-        return self.bench, self.protocol, methods, self.seeds, *told
+        asked = self.unlearn_seeds, self.evaluate, self.keep_predictions
+        return self.bench, self.protocol, methods, self.seeds, *told, *asked
 
     def weights_path(self, record: Path) -> Path | None:
         """Where the model of a record goes: below `export_weights` what the record is below `out`."""

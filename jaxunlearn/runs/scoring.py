@@ -47,13 +47,16 @@ class Scorer:
         relearning: list[np.ndarray] = []
         images = run.evaluator.steps * BATCH_SIZE * self._count
         for first in range(0, len(models.seconds), self._count):
-            several = (models.params, models.batch_stats)
-            own = place_seeds(jax.tree.map(lambda x, i=first: x[i : i + self._count], several), run.mesh)
+            params, batch_stats = (
+                place_seeds(jax.tree.map(lambda x, i=first: x[i : i + self._count], tree), run.mesh)
+                for tree in (models.params, models.batch_stats)
+            )
             with run.timing("evaluate_s"), run.reporter.task("evaluate", 1, run.evaluator.steps, images) as report:
-                predictions += run.evaluator.predict(*own, run.keys, _silent(report(0)))
+                predictions += run.evaluator.predict(params, batch_stats, run.keys, _silent(report(0)))
             if run.relearning is not None:
-                with run.timing("companions_s"):
-                    relearning += list(run.relearning.curves(*own, run.keys))
+                steps, batch = run.relearning.steps, run.request.protocol.batch_size * self._count
+                with run.timing("companions_s"), run.reporter.task("relearn", 1, steps, steps * batch) as report:
+                    relearning += list(run.relearning.curves(params, batch_stats, run.keys, report(0)))
         return Asked(models, predictions, relearning)
 
     def start_from(self, models: Models) -> Asked:

@@ -34,8 +34,15 @@ def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
     """All the models so many times in a row, as if nothing had been done to them since."""
     count = len(models.seconds) * times
     params, batch_stats = place_seeds(jax.tree.map(lambda x: jnp.concatenate([x] * times), models[:2]), mesh)
-    diverged, untrained, attempts = (one * times for one in (models.diverged, models.untrained, models.attempts))
-    return Models(params, batch_stats, [0.0] * count, diverged, untrained, attempts, [{}] * count)
+    return Models(
+        params,
+        batch_stats,
+        [0.0] * count,
+        models.diverged * times,
+        models.untrained * times,
+        models.attempts * times,
+        [{}] * count,
+    )
 
 
 def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:

@@ -77,9 +77,10 @@ def train(
 ) -> Trained:
     """Brings the entry of every seed, `locked` by the caller, to its last epoch. The states are placed on `mesh`.
 
-    `start(indices)` is for those of `seeds`, each with which of its unlearnings it is, from 0. Seeds that have come equally far are trained together. A seed that
-    diverges goes on beside the others, which do not feel it; where all have, training ends with the epoch. Where a seed
-    has learned nothing, the others wait until it is drawn again and has come as far as they.
+    `start(indices)` is for those of `seeds`, each with which of its unlearnings it is, from 0. Seeds that have come
+    equally far are trained together. A seed that diverges goes on beside the others, which do not feel it; where all
+    have, training ends with the epoch. Where a seed has learned nothing, the others wait until it is drawn again and
+    has come as far as they.
 
     Raises KeyboardInterrupt once it is asked to stop and has saved.
     """
