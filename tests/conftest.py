@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tiny import PLAIN, TINY, Tiny
 
 from jaxunlearn.models import MODELS
@@ -39,6 +40,32 @@ def tiny_models():
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     del MODELS[TINY], MODELS[PLAIN]
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """Keeps what the tests of one file compile, as if JAX had been given a cache: else each run would do it anew."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}
+    settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
+    before = {name: jax.config.values[name] for name in settings}
+    _update(settings)
+    yield
+    _update(before)
+
+
+@pytest.fixture
+def cache_not_given():
+    """JAX as it is where nobody has given it a cache, for one test."""
+    before = {"jax_compilation_cache_dir": jax.config.values["jax_compilation_cache_dir"]}
+    _update({"jax_compilation_cache_dir": None})
+    yield
+    _update(before)
+
+
+def _update(settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it keeps the folder that it was first used with
 
 
 @pytest.fixture(scope="module")

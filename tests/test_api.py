@@ -32,7 +32,7 @@ from jaxunlearn.methods.rule import cross_entropy, loss_rule
 from jaxunlearn.runs import preparation
 from jaxunlearn.torch_style import UnlearningMethod
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = pytest.mark.usefixtures("tiny_models", "compile_once")
 __all__ = ["bench"]  # a fixture
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -121,6 +121,7 @@ def test_an_interrupted_unlearning_by_a_function_starts_again(run, tmp_path, mon
     assert numbers(second) == numbers(fresh) != numbers(first)
 
 
+@pytest.mark.usefixtures("cache_not_given")
 def test_settings_of_jax_that_were_made_before_stay(run, tmp_path, monkeypatch):
     before = {name: jax.config.values[name] for name in SETTINGS}
     run()

@@ -22,7 +22,7 @@ from jaxunlearn.ops import native
 from jaxunlearn.runs import preparation
 from jaxunlearn.torch_style import baselines
 
-pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
 
 BENCH, FASHION = "tiny-digits-class0", "tiny-fmnist-class0"
 TINY = dataclasses.replace(PROTOCOL, batch_size=64, pretrain_epochs=2, unlearn_epochs=2)
@@ -55,6 +55,7 @@ def write_idx(folder, images, labels):
         (folder / f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(labels)) + labels.tobytes())
 
 
+@pytest.mark.usefixtures("cache_not_given")
 def test_a_run_prints_a_table_and_leaves_records(bench, tmp_path):
     status, out, err = bench(
         "--bench", BENCH, "--method", "scrub", "retain_finetune", "--seeds", "1,3", "--devices", "1"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_runs import BENCH, DIGITS, compile_once, numbers, request_of, results, stop_after, tiny_bench
+from test_runs import BENCH, DIGITS, numbers, request_of, results, stop_after, tiny_bench
 from tiny import assert_close
 
 from jaxunlearn.data.datasets import load
@@ -25,8 +25,11 @@ from jaxunlearn.training.judging import judge_of
 from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.unlearning import Unlearning
 
-pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.filterwarnings("ignore:.*had learned nothing")]
-__all__ = ["compile_once", "tiny_bench"]  # fixtures
+pytestmark = [
+    pytest.mark.usefixtures("tiny_models", "compile_once"),
+    pytest.mark.filterwarnings("ignore:.*had learned nothing"),
+]
+__all__ = ["tiny_bench"]  # fixtures
 LONGER = dataclasses.replace(DIGITS, pretrain_epochs=6)
 SIZES = {"pretrain": 300, "retrain": 270}  # images an epoch
 

@@ -57,10 +57,8 @@ def kill_and_resume(folder, compiled, setup, moments):
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path, compiled, undisturbed, setup):
     moments = [a_moment(number) for number in range(10)]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(kill_and_resume, tmp_path / str(n), compiled, setup, moments[5 * n : 5 * n + 5]) for n in (0, 1)
-        ]
+    with ThreadPoolExecutor(2) as pool:  # three runs, in each of which the moments lie far apart
+        jobs = [pool.submit(kill_and_resume, tmp_path / str(n), compiled, setup, moments[n::3]) for n in range(3)]
     results = [job.result() for job in jobs]
     kills = [kill for killed, *_ in results for kill in killed]
     for _, err, outcome in results:

@@ -10,7 +10,6 @@ import os
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import Checkpointer
 from safetensors.numpy import load_file
 from tiny import PROTOCOL
@@ -32,25 +31,11 @@ from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.saving import Saving
 from jaxunlearn.training.unlearning import Unlearning
 
-pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
 
 BENCH = "tiny-digits-class0"
 QUIET = Reporter(quiet=True)
 DIGITS = dataclasses.replace(PROTOCOL, batch_size=64, train_limit=300, pretrain_epochs=3, unlearn_epochs=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """Each run compiles its programs anew, but for this."""
-    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in settings}
-    jax.config.update(settings[0], str(tmp_path_factory.mktemp("xla")))
-    jax.config.update(settings[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
