@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from test_runs import BENCH, compile_once, request_of, results, tiny_bench
+from test_runs import BENCH, request_of, results, tiny_bench
 
 from jaxunlearn.results import schema
 
-pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
-__all__ = ["compile_once", "tiny_bench"]  # fixtures
+pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
+__all__ = ["tiny_bench"]  # a fixture
 
 
 def test_records_are_compared_with_the_retrained_model_of_their_seed(tmp_path):
