@@ -9,7 +9,6 @@ import pytest
 from test_runs import STEPPED, numbers, request_of, tiny_bench
 from tiny import CLASSES, PROTOCOL, assert_close, make_images, make_models, make_split, make_unlearning, mesh_of
 
-from jaxunlearn.data.batches import Images
 from jaxunlearn.evaluation.predictions import Evaluator
 from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
@@ -46,10 +45,9 @@ def test_what_is_compiled_ahead_is_what_runs(monkeypatch, split, scanned):
 @pytest.mark.parametrize("split", [(1, 1), (2, 2)])
 def test_the_evaluation_too(split):
     mesh, timing = mesh_of(*split), Timing()
-    test, members = make_images(23, seed=1), Images(*(part[make_split().forget] for part in make_images()))
-    network = make_network(PROTOCOL, CLASSES)
+    network, sets = make_network(PROTOCOL, CLASSES), (make_images(), make_split(), make_images(23, seed=1))
     with jax.set_mesh(mesh):
-        evaluator = Evaluator(network, PROTOCOL, test, members, mesh, timing)
+        evaluator = Evaluator(network, PROTOCOL, *sets, mesh, timing)
         evaluator.compile(jax.eval_shape(network.initialise, jax.eval_shape(jax.random.key, 0)), 2)
         evaluator.predict(*make_models(PROTOCOL, (1, 2), mesh), seed_keys((1, 2)))
     assert "compile_s" not in timing
