@@ -27,6 +27,12 @@ def images(verified):
     return {"digest": "c257da322a0d649b", "verified": verified}
 
 
+def without(name):
+    """A record of a shorter run: without one of the companions that take longer."""
+    record = make()
+    return record | {"companions": record["companions"] | {name: None}}
+
+
 def put(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
@@ -84,6 +90,10 @@ def test_write_creates_the_folder_and_keeps_the_order(path):
         (make(dataset=images(None)), make(dataset=images(False)), True),
         ({**make(), "dataset": None}, make(dataset=images(False)), True),  # does not fit: no reason to keep it
         (make(temperature=2.0), make(), False),
+        (make(), without("full"), False),  # what took longer is not lost to a shorter run
+        (make(), without("against_retrain"), False),
+        (without("full"), make(), True),
+        (make("diverged"), without("full"), True),
     ],
 )
 def test_overwriting(path, old, new, written):

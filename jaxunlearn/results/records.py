@@ -77,7 +77,8 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
     """Stores `record` as indented JSON, atomically: `path` holds the old record or the new one, whole, at any time.
 
     An old record is replaced if `force`, or if it has the same protocol and hyperparameters and is not better: in
-    status ("ok" is better than any other), or as one of the official images where the new one is of others.
+    status ("ok" is better than any other), as one of the official images where the new one is of others, or as one that
+    is compared with a retrained model or evaluated in full where the new one is not.
 
     Returns:
       Whether the record was written; False means the old one was kept.
@@ -90,8 +91,7 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if not force and path.exists():
         old = _existing(path)
-        better = (old["status"] == "ok" and record["status"] != "ok") or (_verified(old) and not _verified(record))
-        if better or _differences(old, record["protocol"], record["hyperparameters"]):
+        if _better(old, record) or _differences(old, record["protocol"], record["hyperparameters"]):
             return False
     write_atomically(path, text.encode())
     return True
@@ -166,6 +166,20 @@ def _check_depth(value: Any, levels: int) -> None:
         raise RecursionError
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_depth(inner, levels - 1)
+
+
+def _better(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether something would be lost with the old record."""
+    status = old["status"] == "ok" and new["status"] != "ok"
+    return status or (_verified(old) and not _verified(new)) or bool(_extras(old) - _extras(new))
+
+
+def _extras(record: Mapping[str, Any]) -> set[str]:
+    """Which of the companions that not every run computes are there."""
+    beside = record.get("companions")  # older records have none
+    if record["status"] != "ok" or not isinstance(beside, dict):
+        return set()
+    return {name for name in ("against_retrain", "full") if beside.get(name) is not None}
 
 
 def _verified(record: Mapping[str, Any]) -> bool:

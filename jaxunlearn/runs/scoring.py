@@ -62,7 +62,7 @@ class Scorer:
     def start_from(self, models: Models) -> Asked:
         """Asks the models as those before unlearning."""
         asked = self.ask(models)
-        self._pretrained = asked.predictions
+        self._pretrained = [own._replace(features=None) for own in asked.predictions]  # they would stay to the end
         return asked
 
     def compare_with(self, models: Models) -> Asked:
@@ -70,7 +70,8 @@ class Scorer:
         asked = self.ask(models)
         for i, own in enumerate(asked.predictions):
             if models.diverged[i] is None and not models.untrained[i] and own.finite(self._class):
-                self._references[i] = Reference(self._run.request.seeds[i], own, self._alone(asked, i))
+                seed, said = self._run.request.seeds[i], own._replace(features=None)
+                self._references[i] = Reference(seed, said, self._alone(asked, i))
         return asked
 
     def reference(self, index: int, method: str = "") -> Reference | None:
@@ -85,8 +86,8 @@ class Scorer:
 
     def worth(self, asked: Asked, index: int, method: str = "") -> dict[str, Any]:
         """The metrics of the model at `index` and, under `companions`, what stands beside them."""
-        own, known = asked.predictions[index], self._references.get(index)
-        result = dict(known.worth) if known and known.predictions is own else self._alone(asked, index)
+        own, known = asked.predictions[index], self._references.get(index) if method == RETRAIN else None
+        result = known.worth if known else self._alone(asked, index)
         beside, reference = result["companions"], self.reference(index, method)
         if beside is None or reference is None:
             return result
