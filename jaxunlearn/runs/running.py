@@ -69,8 +69,8 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
             for i in range(count):
                 for draw in range(request.draws(method)):
                     index = draw * count + i
-                    retrained = scorer.reference(index, method.name)
-                    worth = before[i], after[index], retrained and retrained.worth
+                    reference = None if method.name == RETRAIN else scorer.reference(index)  # it has no better one
+                    worth = before[i], after[index], reference and reference.worth
                     record = make_record(run, method, index, (pretrained, models), worth, steps, common)
                     yield record, _keep(run, method, index, record, asked)
         if leads():
