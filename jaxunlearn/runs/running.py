@@ -43,8 +43,10 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         pretrained = run.given or _train_or_load(run, without=None)
         ahead.ready(EVALUATE)
         ahead.ready(RELEARN)
-        scorer, count = Scorer(run), len(request.seeds)
+        scorer = Scorer(run)
         originals = scorer.start_from(pretrained)
+        if run.given is not None:
+            _check_normalisation(run, scorer.metrics(originals, 0)["retain_acc"], pretrained)
         common = dict(run.timing)
         entries = {m.name: _unlearn_entries(run, m, pretrained) for m in request.methods if m.name in run.unlearnings}
         unfinished = list(itertools.chain(*entries.values()))
@@ -62,17 +64,14 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
                 steps = run.unlearnings[method.name].steps_per_epoch * run.unlearnings[method.name].epochs
                 asked = scorer.ask(models)
             if not before:
-                before = [scorer.worth(originals, i) for i in range(count)]
-                if run.given is not None:
-                    _check_normalisation(run, before[0]["retain_acc"], pretrained)
+                before = [scorer.worth(originals, i) for i in range(len(request.seeds))]
             after = [scorer.worth(asked, i, method.name) for i in range(len(asked.predictions))]
-            for i in range(count):
-                for draw in range(request.draws(method)):
-                    index = draw * count + i
-                    reference = None if method.name == RETRAIN else scorer.reference(index)  # it has no better one
-                    worth = before[i], after[index], reference and reference.worth
-                    record = make_record(run, method, index, (pretrained, models), worth, steps, common)
-                    yield record, _keep(run, method, index, record, asked)
+            for i, draw in itertools.product(range(len(request.seeds)), range(request.draws(method))):
+                index = draw * len(request.seeds) + i
+                reference = None if method.name == RETRAIN else scorer.reference(index)  # it has no better one
+                worth = before[i], after[index], reference and reference.worth
+                record = make_record(run, method, index, (pretrained, models), worth, steps, common)
+                yield record, _keep(run, method, index, record, asked)
         if leads():
             for entry in unfinished:  # only now: after an interruption the methods that are done are not redone
                 discard(entry)

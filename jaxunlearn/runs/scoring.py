@@ -84,6 +84,10 @@ class Scorer:
             return self._references.get((seed + 1) % self._count) if self._count > 1 else None
         return self._references.get(seed)
 
+    def metrics(self, asked: Asked, index: int) -> dict[str, Any]:
+        """The metrics of the model at `index` alone."""
+        return self._companions.metrics(asked.predictions[index])
+
     def worth(self, asked: Asked, index: int, method: str = "") -> dict[str, Any]:
         """The metrics of the model at `index` and, under `companions`, what stands beside them."""
         own, known = asked.predictions[index], self._references.get(index) if method == RETRAIN else None
