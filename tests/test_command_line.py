@@ -9,6 +9,7 @@ from jaxunlearn.commands import bench
 from jaxunlearn.commands.parser import Parser
 from jaxunlearn.methods import retain_finetune
 from jaxunlearn.registry import get_method
+from jaxunlearn.runs import request as runs_request
 from jaxunlearn.runs.command_line import command_of, seeds_as_typed
 from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, with_retrain
 
@@ -71,6 +72,13 @@ def test_a_default_request_has_a_short_command():
         command_of(request, request.methods[0])
         == f"jaxunlearn bench --bench {CIFAR} --method retain_finetune --seeds 42"
     )
+
+
+def test_the_precision_is_said_where_the_platform_has_another(monkeypatch):
+    request = request_of(CIFAR, "")
+    assert "--precision" not in command_of(request, request.methods[0])
+    monkeypatch.setattr(runs_request, "default_precision", lambda: "tf32")  # as on a GPU
+    assert "--precision fp32" in command_of(request, request.methods[0])
 
 
 def test_a_command_names_no_folder(tmp_path):

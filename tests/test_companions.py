@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from example_record import example_record
 
 from jaxunlearn.evaluation.companions import Companions, compared
 from jaxunlearn.evaluation.metrics import METRICS
 from jaxunlearn.evaluation.predictions import Predictions, Sets
+from jaxunlearn.results import schema
 
 CLASSES, FORGET = 3, 0
 LABELS = Sets(np.array([0, 0, 1, 1, 2, 2, 2, 2]), np.array([0, 0, 0]), np.array([0, 0, 0]), np.array([1, 2, 1, 2]))
@@ -45,6 +47,7 @@ def test_a_class_without_test_images_is_no_worst_class():
     labels = LABELS._replace(test=np.array([0, 0, 2, 2, 2, 2, 2, 2]))
     beside = Companions(labels, FORGET, False).alone(model(test=(0, 0, 2, 2, 2, 2, 2, 1)), None)
     assert beside["worst_retain_acc"] == 5 / 6 and beside["mask_divergence"] is None
+    schema.check(example_record(companions=example_record()["companions"] | beside))
 
 
 def test_metrics_keep_both_areas_and_score_by_one():
@@ -82,7 +85,7 @@ def test_an_output_mask_is_nothing_but_the_mask():
 
 
 def test_a_model_is_at_no_distance_from_itself_and_far_from_another():
-    same, other = (JUDGE.against_retrain(one, FORGETFUL) for one in (FORGETFUL, PRETRAINED))
+    same, other = (JUDGE.against_retrain(one, FORGETFUL, 0.5, 0.5) for one in (FORGETFUL, PRETRAINED))
     assert same == {
         "gaps": dict.fromkeys(("retain_train", "forget_train", "retain_test", "forget_test"), 0),
         "average_gap": 0,

@@ -65,14 +65,15 @@ class Companions:
             "mask_divergence": None if mask is None else distances.jensen_shannon(members, mask),
         }
 
-    def against_retrain(self, own: Predictions, reference: Predictions) -> dict[str, Any]:
-        """How far a finite model is from a finite one that never saw the class."""
+    def against_retrain(
+        self, own: Predictions, reference: Predictions, area: float, reference_area: float
+    ) -> dict[str, Any]:
+        """How far a finite model is from a finite one that never saw the class; the areas are of clean members."""
         accuracies = self._accuracies(own), self._accuracies(reference)
-        areas = self.metrics(own)["forget_mia_auc"], self.metrics(reference)["forget_mia_auc"]
         members = own.logits.forget_train, reference.logits.forget_train
         return {
             "gaps": distances.gaps(*accuracies),
-            "average_gap": distances.average_gap(*accuracies, *areas),
+            "average_gap": distances.average_gap(*accuracies, area, reference_area),
             "tug_of_war": distances.tug_of_war(*accuracies),
             "js": distances.jensen_shannon(*members),
             "activation_distance": distances.activation_distance(*members),
@@ -95,7 +96,8 @@ class Companions:
     def _confidences(self, own: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Maximum softmax probabilities of members, augmented members and non-members, f32."""
         sets = own.logits.forget_train, own.logits.augmented, own.logits.test[self._is_forget]
-        members, augmented, others = (softmax(logits, 1).max(1) for logits in sets)
+        with np.errstate(over="ignore"):  # of logits 1e38 apart
+            members, augmented, others = (softmax(logits, 1).max(1) for logits in sets)
         return members, augmented, others
 
     def _accuracies(self, own: Predictions) -> dict[str, float]:
@@ -110,9 +112,9 @@ class Companions:
 
 def compared(own: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
     """`full` of a model beside that of a retrained one: with the probe's excess over it and the relearning ratio."""
-    before, there = (float(np.mean(one["relearning"][1:])) for one in (own, reference))
+    here, there = (float(np.mean(one["relearning"][1:])) for one in (own, reference))
     excess = own["probe_acc"] - reference["probe_acc"]
-    return {**own, "probe_excess": excess, "relearn_ratio": before / there if there else None}
+    return {**own, "probe_excess": excess, "relearn_ratio": here / there if there else None}
 
 
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxunlearn.benchmarks import ATTEMPTS, EVALUATIONS, FLAGS, SWITCHES, get_benchmark
 from jaxunlearn.registry import RETRAIN, Method, as_typed, names
-from jaxunlearn.runs.request import Request, with_retrain
+from jaxunlearn.runs.request import Request, settled, with_retrain
 
 
 def command_of(request: Request, method: Method) -> str | None:
@@ -16,6 +16,8 @@ def command_of(request: Request, method: Method) -> str | None:
         return None
     own, used = dataclasses.asdict(get_benchmark(request.bench)), dataclasses.asdict(request.protocol)
     changes = {k: v for k, v in used.items() if v != own[k]}
+    if used["precision"] != settled(get_benchmark(request.bench), ()).precision:
+        changes |= {"precision": used["precision"]}  # the platform's own would be another
     hyperparameters = {k: v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
     shipped = method.name in (*names(), RETRAIN)
     words = ["jaxunlearn", "bench", "--bench", request.bench, "--method", method.name + ("" if shipped else ".py")]

@@ -16,7 +16,7 @@ import jax
 from jaxunlearn.devices.configuration import computing
 from jaxunlearn.runs.preparation import Prepared
 
-EVALUATE, RELEARN = "evaluate", "relearn"
+EVALUATE, RELEARN = ".evaluate", ".relearn"  # no method has such a name
 
 
 class Ahead:

@@ -46,11 +46,12 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         scorer = Scorer(run)
         originals = scorer.start_from(pretrained)
         if run.given is not None:
-            _check_normalisation(run, scorer.metrics(originals, 0)["retain_acc"], pretrained)
+            _check_normalisation(run, originals.results[0]["retain_acc"], pretrained)
         common = dict(run.timing)
         entries = {m.name: _unlearn_entries(run, m, pretrained) for m in request.methods if m.name in run.unlearnings}
         unfinished = list(itertools.chain(*entries.values()))
-        stack.enter_context(locked(unfinished))  # all at once: two processes must not wait for each other
+        # All at once: two processes must not wait for each other. Further draws are nobody's who has not the first.
+        stack.enter_context(locked([entry for own in entries.values() for entry in own[: len(request.seeds)]]))
         before: list[dict[str, Any]] = []
         for method in request.methods:
             run.timing.clear()
@@ -69,7 +70,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
             for i, draw in itertools.product(range(len(request.seeds)), range(request.draws(method))):
                 index = draw * len(request.seeds) + i
                 reference = None if method.name == RETRAIN else scorer.reference(index)  # it has no better one
-                worth = before[i], after[index], reference and reference.worth
+                worth = before[i], after[index], reference and reference[1]
                 record = make_record(run, method, index, (pretrained, models), worth, steps, common)
                 yield record, _keep(run, method, index, record, asked)
         if leads():
@@ -102,10 +103,12 @@ def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], ask
     try:
         if not records.write(path, record, request.force):
             return f"{path} holds a better record, kept; --force replaces it"
-        if request.keep_predictions:
-            write_atomically(path.with_suffix(".npz"), packed(asked.predictions[index], run.evaluator.labels))
-        if weights and record["status"] != "ok":
-            return f"{weights} was not written: the model is {record['status']}"
+        kept = path.with_suffix(".npz") if request.keep_predictions else None
+        if (kept or weights) and record["status"] != "ok":
+            missing = " and ".join(map(str, filter(None, (kept, weights))))
+            return f"{missing} was not written: the model is {record['status']}"
+        if kept:
+            write_atomically(kept, packed(asked.predictions[index], run.evaluator.labels))
         if weights:
             write_safetensors(weights, to_state_dict(own))
     except OSError as error:
