@@ -67,6 +67,7 @@ def test_unlearning_metrics_by_hand():
         forget_class=0,
         member_confidence=np.array([0.5, 0.9, 0.5], np.float32),
         non_member_confidence=np.array([0.5, 0.2], np.float32),
+        augmented_confidence=np.array([0.1, 0.5, 0.6], np.float32),
     )
     assert tuple(result) == metrics.METRICS
     assert all(type(value) is float for value in result.values())
@@ -75,6 +76,7 @@ def test_unlearning_metrics_by_hand():
             "retain_acc": 3 / 4,
             "forget_acc": 1 / 4,
             "forget_mia_auc": 5 / 6,
+            "forget_mia_auc_augmented": (0 + 1.5 + 2) / 6,
             "unlearn_score": (3 / 4 + 3 / 4 + 1 / 6) / 3,
             "symmetric_score": (3 / 4 + 3 / 4 + 1 / 3) / 3,
             "forget_mia_auc_published": 4 / 6,
@@ -86,27 +88,35 @@ def test_unlearning_metrics_by_hand():
 def test_symmetric_score_rewards_only_one_half():
     low, high = np.arange(10) / 20, np.arange(10, 20) / 20
     labels = np.array([0, 1])
-    inverted = metrics.unlearning_metrics([False, True], labels, 0, low, high)
-    exposed = metrics.unlearning_metrics([False, True], labels, 0, high, low)
+    inverted = metrics.unlearning_metrics([False, True], labels, 0, low, high, low)
+    exposed = metrics.unlearning_metrics([False, True], labels, 0, high, low, high)
     assert (inverted["unlearn_score"], exposed["unlearn_score"]) == pytest.approx((1, 2 / 3))
     assert inverted["symmetric_score"] == exposed["symmetric_score"] == pytest.approx(2 / 3)
-    assert metrics.unlearning_metrics([False, True], labels, 0, low, low)["symmetric_score"] == 1
+    assert metrics.unlearning_metrics([False, True], labels, 0, low, low, low)["symmetric_score"] == 1
+
+
+def test_scores_are_of_one_area_and_both_are_there():
+    low, high, labels = np.arange(10) / 20, np.arange(10, 20) / 20, np.array([0, 1])
+    for augmented_scores in (False, True):
+        result = metrics.unlearning_metrics([False, True], labels, 0, high, low, np.zeros(10), augmented_scores)
+        assert (result["forget_mia_auc"], result["forget_mia_auc_augmented"]) == (1, 0.05)
+        assert result["unlearn_score"] == pytest.approx((1 + 1 + (0.95 if augmented_scores else 0)) / 3)
 
 
 def test_no_accuracy_for_a_failed_model():
     with pytest.raises(ValueError, match="finite"):
-        metrics.unlearning_metrics([True, True], [0, 1], 0, [math.nan], [0.5])
+        metrics.unlearning_metrics([True, True], [0, 1], 0, [math.nan], [0.5], [0.5])
     assert tuple(metrics.diverged_metrics()) == metrics.METRICS
     assert set(metrics.diverged_metrics().values()) == {None}
 
 
 def test_unlearning_metrics_rejects():
     with pytest.raises(ValueError, match="class 2"):
-        metrics.unlearning_metrics([True, True], [0, 1], 2, [0.5], [0.5])
+        metrics.unlearning_metrics([True, True], [0, 1], 2, [0.5], [0.5], [0.5])
     with pytest.raises(ValueError, match="class 1"):
-        metrics.unlearning_metrics([True, True], [1, 1], 1, [0.5], [0.5])
+        metrics.unlearning_metrics([True, True], [1, 1], 1, [0.5], [0.5], [0.5])
     with pytest.raises(ValueError, match="one length"):
-        metrics.unlearning_metrics([True], [0, 1], 0, [0.5], [0.5])
+        metrics.unlearning_metrics([True], [0, 1], 0, [0.5], [0.5], [0.5])
 
 
 def test_auc_standard_error():

