@@ -49,7 +49,7 @@ class Reporter:
                     nonlocal last, start
                     now, steps_done = time.monotonic(), epoch * steps + done
                     if epoch < 0:
-                        bar.update(shown, text=f"before the first epoch, {-epoch} to go: batch {done}")
+                        bar.update(shown, text=f"passes to go: {-epoch}, batch {done}")
                         return
                     start = start or (now, steps_done)
                     if not self.shows or now - last < REFRESH_SECONDS or steps_done == start[1]:

@@ -58,7 +58,7 @@ def read_by(rule, params, batch_stats, epochs):
 
 
 def declared(reads):
-    """({of `READABLE`}, {sets that passes go over}) of a rule's line, such as "retain, forget images, a pass over all"."""
+    """({of `READABLE`}, {sets that passes go over}) of what a rule says: "retain, forget images, a pass over all"."""
     terms = [] if reads == "nothing" else reads.split(", ")
     parts, passes = set(), set()
     for term in terms:

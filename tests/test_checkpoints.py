@@ -51,9 +51,8 @@ def entry(folder, protocol=PROTOCOL, digest="d", seed=42, without=None, attempt=
 
 def saved(epoch, step=0, diverged=None):
     leaves = {name: np.array(leaf if leaf.dtype == bool else leaf + epoch, leaf.dtype) for name, leaf in LEAVES.items()}
-    return Saved(
-        leaves, Position(epoch, step), 1.5 * epoch, diverged, {"loss": [0.1 * n for n in range(epoch)] + [None]}
-    )
+    sums = {"loss": [0.1 * n for n in range(epoch)] + [None]}
+    return Saved(leaves, Position(epoch, step), 1.5 * epoch, diverged, sums, 0.5 * epoch)
 
 
 def assert_same(one, other):

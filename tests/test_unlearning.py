@@ -290,7 +290,10 @@ BROKEN = {
         {"step": None, "passes": over(step=lambda p, s, carry, b: b.labels.sum())},
         r"pass 1: step changed the carry from float32\[\] to int32\[\]",
     ),
-    "a pass finishes with one": ({"passes": over(finish=lambda p, s, c: p)}, "pass 1: finish must return .params, state"),
+    "a pass finishes with one": (
+        {"passes": over(finish=lambda p, s, c: p)},
+        "pass 1: finish must return .params, state",
+    ),
     "a pass loses the params": (
         {"passes": over(finish=lambda p, s, c: ({}, s))},
         "pass 1: finish changed the structure of params",
