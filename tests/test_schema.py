@@ -49,7 +49,7 @@ def version_1(**changes):
     """A record as they were before they had a version."""
     record = {name: value for name, value in example_record().items() if name not in NEW} | {"collapsed": True}
     before = {name: value for name, value in BEFORE.items() if name not in NEW}
-    timing = {name: value for name, value in record["timing"].items() if name != "companions_s"}
+    timing = {name: value for name, value in record["timing"].items() if name not in ("companions_s", "prepare_s")}
     return record | {"before": before, "timing": timing} | changes
 
 
@@ -124,7 +124,7 @@ def test_what_a_record_may_be(changes):
         ("retain_acc", DROPPED, "it lacks 'retain_acc'"),
         ("retain_ac", 0.5, "it has an unknown key 'retain_ac': did you mean 'retain_acc'?"),
         ("\n\x1b[31m", 0.5, "it has an unknown key '\\n\\x1b[31m'"),
-        ("schema", 1, "schema is 1: it must be 2"),
+        ("schema", 1, "schema is 1: it must be 3"),
         ("seed", -1, "seed is -1: it must be at least 0"),
         ("seed", True, "seed is true: it must be a whole number"),
         ("unlearn_seed", 0.5, "unlearn_seed is 0.5: it must be a whole number"),
@@ -222,8 +222,20 @@ def test_an_old_record_says_what_it_knew():
         flags=unknown,
         rule_digest=None,
         command=None,
-        timing=example_record()["timing"] | {"companions_s": None},
+        timing=example_record()["timing"] | {"companions_s": None, "prepare_s": None},
     )
+
+
+def test_version_2_did_not_time_preparation_apart():
+    old = example_record(schema=2)
+    place(old, "timing.prepare_s", DROPPED)
+    kept = json.dumps(old)
+    new = upgrade(old)
+    check(new)
+    assert json.dumps(old) == kept and new["timing"]["prepare_s"] is None
+    assert list(new["timing"]) == list(example_record()["timing"])
+    place(new, "timing.prepare_s", 2.0)
+    assert new == example_record()
 
 
 def test_the_oldest_records_knew_less():
@@ -273,7 +285,7 @@ def test_an_old_record_that_is_none(changes, line):
     assert str(caught.value) == line
 
 
-@pytest.mark.parametrize("version", [3, 10**30])
+@pytest.mark.parametrize("version", [4, 10**30])
 def test_a_newer_record_is_refused(version):
     with pytest.raises(ValueError, match=r"^written by a newer version of jaxunlearn: update it$"):
         upgrade({"schema": version, "what": "nobody knows"})
@@ -281,7 +293,7 @@ def test_a_newer_record_is_refused(version):
 
 @pytest.mark.parametrize("version", ["3", None, 1, True])
 def test_a_version_that_there_never_was(version):
-    with pytest.raises(ValueError, match=r"^schema is .*: it must be 2$"):
+    with pytest.raises(ValueError, match=r"^schema is .*: it must be 3$"):
         check(upgrade(example_record(schema=version)))
 
 
