@@ -114,17 +114,22 @@ class Student:
         self.state = state
         self.params = params
         self.batch_stats = state.batch_stats
-        self._key = state.key
+        self.key = state.key
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of `images` in train mode; the running statistics move."""
-        self._key, key = jax.random.split(self._key)
+        self.key, key = jax.random.split(self.key)
         logits, self.batch_stats = self.context.apply_train(self.params, self.batch_stats, images, key)
         return logits
 
     def teacher(self, images: jax.Array) -> jax.Array:
         """Logits of the model as it was before the first step, in eval mode. For rules made by `loss_rule`."""
         return teach(self.context, self.state.extra, images)
+
+    def random_key(self) -> jax.Array:
+        """A key of this step that nothing else uses, to draw with."""
+        self.key, key = jax.random.split(self.key)
+        return key
 
 
 def teach(context: Context, teacher: Frozen, images: jax.Array) -> jax.Array:
