@@ -15,6 +15,7 @@ ORDER = [
     ("randomness", "files", "benchmarks", "progress"),
     ("data", "devices", "ops"),
     ("models",),
+    ("ingredients",),
     ("methods",),
     ("torch_style",),
     ("registry",),

@@ -83,11 +83,11 @@ class Student:
         self.state = state
         self.params = params
         self.batch_stats = state.batch_stats
-        self._key = state.key
+        self.key = state.key
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of `images` in train mode; the running statistics move."""
-        self._key, key = jax.random.split(self._key)
+        self.key, key = jax.random.split(self.key)
         logits, self.batch_stats = self.context.apply_train(self.params, self.batch_stats, images, key)
         return logits
 
@@ -115,16 +115,8 @@ def descend(
     Returns (params, state, metrics before the step: "loss" and the further ones).
     """
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-        student = Student(context, params, state)
-        result = loss(student)
-        value, metrics = result if isinstance(result, tuple) else (result, {})
-        return value, ({"loss": value} | metrics, student.batch_stats)
-
-    (_, (metrics, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
-    updates, opt_state = context.optimizer.update(gradients, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return params, state._replace(batch_stats=batch_stats, opt_state=opt_state), metrics
+    gradients, state, metrics = differentiate(context, params, state, loss)
+    return *update(context, params, state, gradients), metrics
 
 
 def loss_rule(loss: Callable[..., Loss]) -> Callable[..., UnlearningRule]:
@@ -164,3 +156,28 @@ def kl_divergence(targets: jax.Array, logits: jax.Array) -> jax.Array:
     """KL(t || s) of target probabilities f32[B, C] and the student's logits f32[B, C]: summed over classes, mean
     over the batch. A target of exactly 0 contributes 0."""
     return optax.losses.kl_divergence(jax.nn.log_softmax(logits), targets).mean()
+
+
+def differentiate(
+    context: Context, params: PyTree, state: RuleState, loss: Callable[[Student], Loss]
+) -> tuple[PyTree, RuleState, Metrics]:
+    """Gradients of `loss(student)`, a scalar or a pair as for `descend`, for rules that put several together.
+
+    Returns (gradients, state, metrics). In the state BatchNorm's statistics have moved and the key is another, so the
+    next loss of the same step can go on from it; where a loss is to leave no trace, its state is dropped.
+    """
+
+    def objective(params: PyTree) -> tuple[jax.Array, tuple[Metrics, tuple[PyTree, jax.Array]]]:
+        student = Student(context, params, state)
+        result = loss(student)
+        value, metrics = result if isinstance(result, tuple) else (result, {})
+        return value, ({"loss": value} | metrics, (student.batch_stats, student.key))
+
+    gradients, (metrics, (batch_stats, key)) = jax.grad(objective, has_aux=True)(params)
+    return gradients, state._replace(batch_stats=batch_stats, key=key), metrics
+
+
+def update(context: Context, params: PyTree, state: RuleState, gradients: PyTree) -> tuple[PyTree, RuleState]:
+    """One step of the fixed optimizer with given gradients: (params, state)."""
+    updates, opt_state = context.optimizer.update(gradients, state.opt_state, params)
+    return optax.apply_updates(params, updates), state._replace(opt_state=opt_state)
