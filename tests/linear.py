@@ -3,6 +3,7 @@
 Losses are written in numpy as functions of a `Model`; their gradients are differences of them.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ def linear_context(steps_per_epoch=2, optimizer=None):
 
 def linear_batch(count, seed, labels=None):
     batch = make_batch(count, seed, labels)
-    return batch._replace(images=jnp.asarray(np.asarray(batch.images[:, :2, :1, :2], float)))
+    return dataclasses.replace(batch, images=jnp.asarray(np.asarray(batch.images[:, :2, :1, :2], float)))
 
 
 def linear_model(seed):
@@ -116,11 +117,11 @@ def vector(gradients):
     return np.concatenate([array.ravel() for array in gradients])
 
 
-def take_step(step, params, state, retain, forget, **changes):
-    """(what a jitted step took from the parameters, a Model; its state; its metrics); `changes` are of the state before.
+def take_step(stepped, params, state, retain, forget, **changes):
+    """(what a jitted step took from the parameters, a Model; its state; its metrics). `changes`: of the state before.
 
     With the context's plain descent, what it took is the gradient.
     """
-    after, state, metrics = step(params, state._replace(**changes), retain, forget)
+    after, state, metrics = stepped(params, state._replace(**changes), retain, forget)
     old, new = in_numpy(params), in_numpy(after)
     return Model(old.kernel - new.kernel, old.bias - new.bias), state, metrics

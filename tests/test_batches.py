@@ -94,7 +94,18 @@ def test_batches_hold_the_chosen_images_and_their_labels():
     for batch in (clean_batch(data, chosen, PROTOCOL), augmented_batch(data, chosen, jax.random.key(0), plain)):
         np.testing.assert_allclose(batch.images, normalise(data.images[chosen], PROTOCOL), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(batch.labels, data.labels[chosen])
+        np.testing.assert_array_equal(batch.indices, chosen)
     assert (augmented_batch(data, chosen, jax.random.key(0), PROTOCOL).images != batch.images).any()
+
+
+def test_a_batch_is_a_pair_to_who_unpacks_it_and_a_tree_of_three_to_jax():
+    data, chosen = Images(*map(jnp.asarray, make_images(9))), jnp.array([7, 0, 5])
+    batch = clean_batch(data, chosen, PROTOCOL)
+    images, labels = batch
+    assert images is batch.images is batch[0] and labels is batch.labels is batch[-1]
+    first = jax.tree.map(lambda x: x[:1], batch)
+    assert [part.shape for part in jax.tree.leaves(first)] == [(1, 32, 32, 3), (1,), (1,)]
+    assert first.indices == 7
 
 
 def test_epoch_order_is_a_new_permutation_for_every_pass_and_key():

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny import CLASSES, PLAIN, PROTOCOL, assert_close, assert_differ, host_models, make_batch
 
+from jaxunlearn.data.batches import normalise
 from jaxunlearn.methods.rule import Frozen, RuleState, Student, init_state
 from jaxunlearn.models.network import make_network
 from jaxunlearn.models.torch_weights import to_state_dict
@@ -246,6 +247,12 @@ def test_scrub_leaves_the_teacher_on_forget():
         logits, _ = forwards()[0](params, model(0)[1], FORGET.images, jax.random.key(0))
         distances.append(kl(teach(FORGET.images), logits, 4.0))
     assert distances[0] > distances[1]
+
+
+def test_a_rule_is_told_how_pixels_became_images():
+    pixels = np.full((1, 32, 32, 3), 51, np.uint8)
+    expected = (pixels / 255 - context().mean) / context().std
+    np.testing.assert_allclose(normalise(jnp.asarray(pixels), PROTOCOL), expected, rtol=1e-5)
 
 
 def test_a_student_draws_new_dropout_with_every_forward():

@@ -84,7 +84,7 @@ def logging_rule(context):
     def step(params, state, retain, forget):
         log = state.extra
         for kind, batch in enumerate((retain, forget)):
-            log = log.at[state.step, kind, : len(batch.labels)].set(batch.labels)
+            log = log.at[state.step, kind, : len(batch.labels)].set(batch.labels * (batch.labels == batch.indices))
         key = jax.random.key_data(state.key)[0]
         metrics = {"loss": jnp.zeros(()), "step": state.step, "epoch": state.epoch, "key": key}
         return params, state._replace(extra=log), metrics
@@ -237,6 +237,7 @@ def test_prepare_sees_every_clean_image_once_and_changes_what_the_steps_get():
         assert_close(own, jax.tree.map(lambda p, i=index: p[i], params), 0)
         for batches, indices in zip(sets, make_split(), strict=True):
             images, labels = map(np.concatenate, zip(*batches, strict=True))
+            np.testing.assert_array_equal(np.concatenate([batch.indices for batch in batches]), indices)
             np.testing.assert_array_equal(images, normalise(jnp.asarray(data.images[indices]), protocol))
             np.testing.assert_array_equal(labels, data.labels[indices])
 

@@ -77,7 +77,7 @@ def make_batch(count: int, seed: int, labels=None) -> Batch:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, count) if labels is None else np.full(count, labels)
     images = rng.normal(size=(count, 32, 32, 3)) + (labels[:, None] == np.arange(3))[:, None, None]
-    return Batch(jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32))
+    return Batch(jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32), jnp.arange(count))
 
 
 def make_split(forget_class: int = 0) -> Split:

@@ -3,7 +3,9 @@
 Every function is for one seed and has no state: randomness comes in as a key.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,20 @@ class Images(NamedTuple):
     labels: jax.Array  # i32[N]
 
 
-class Batch(NamedTuple):
-    """What a training step and an unlearning rule see."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a training step and an unlearning rule see. It unpacks as a pair: `images, labels = batch`."""
 
     images: jax.Array  # f32[B, 32, 32, 3], normalised
     labels: jax.Array  # i32[B]
+    indices: jax.Array  # i32[B], the place of each image among the training images
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter((self.images, self.labels))
+
+    def __getitem__(self, place: Any) -> Any:
+        return (self.images, self.labels)[place]
 
 
 def resize(images: jax.Array, size: int = IMAGE_SIZE) -> jax.Array:
@@ -90,9 +101,9 @@ def _reflected(places: jax.Array, size: int) -> jax.Array:
 
 def clean_batch(data: Images, indices: jax.Array, protocol: Protocol) -> Batch:
     """The images at `indices`, i32[B], normalised."""
-    return Batch(normalise(data.images[indices], protocol), data.labels[indices])
+    return Batch(normalise(data.images[indices], protocol), data.labels[indices], indices)
 
 
 def augmented_batch(data: Images, indices: jax.Array, key: jax.Array, protocol: Protocol) -> Batch:
     """The images at `indices`, i32[B], cropped, flipped and normalised."""
-    return Batch(normalise(augment(data.images, indices, key, protocol), protocol), data.labels[indices])
+    return Batch(normalise(augment(data.images, indices, key, protocol), protocol), data.labels[indices], indices)

@@ -74,7 +74,8 @@ def make_case(protocol: Protocol, num_classes: int, dataset: Dataset, steps: int
 
     def take(images: Any, chosen: np.ndarray) -> Batch:
         pixels = resize(jnp.asarray(images.images[chosen]))
-        return Batch(*jax.device_get((normalise(pixels, protocol), jnp.asarray(images.labels[chosen]))))
+        arrays = normalise(pixels, protocol), *jnp.asarray([images.labels[chosen], chosen], jnp.int32)
+        return jax.device_get(Batch(*arrays))
 
     def parts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         is_forget = labels == protocol.forget_class
@@ -202,7 +203,7 @@ def package_trace(case: Case, factory: Factory, precision: str) -> Trace:
         step, losses = jax.jit(rule.step), []
         for index, epoch in enumerate(epochs_of(case, precision)):
             state = state._replace(step=jnp.asarray(index, jnp.int32), epoch=jnp.asarray(epoch, jnp.int32))
-            retain, forget = (Batch(*map(jnp.asarray, batch)) for batch in case.batches[index])
+            retain, forget = jax.tree.map(jnp.asarray, case.batches[index])
             params, state, metrics = step(params, state, retain, forget)
             losses.append(metrics["loss"])
 

@@ -66,7 +66,7 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
 
 
 def _abstract_batch(size: int) -> Batch:
-    return jax.eval_shape(lambda: Batch(jnp.zeros((size, 32, 32, 3)), jnp.zeros(size, jnp.int32)))
+    return jax.eval_shape(lambda: Batch(jnp.zeros((size, 32, 32, 3)), *jnp.zeros((2, size), jnp.int32)))
 
 
 def _is_real(value: Any) -> bool:

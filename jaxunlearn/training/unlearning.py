@@ -75,6 +75,8 @@ def make_context(network: Network, protocol: Protocol, num_classes: int, steps_p
     return Context(
         **network._asdict(),
         optimizer=adam,
+        mean=tuple(protocol.mean),
+        std=tuple(protocol.std),
         num_classes=num_classes,
         forget_class=protocol.forget_class,
         steps_per_epoch=steps_per_epoch,
