@@ -22,6 +22,13 @@ from jaxunlearn.training.unlearning import make_context
 pytestmark = pytest.mark.usefixtures("tiny_models")
 every_rule = pytest.mark.parametrize("name", sorted({*names()} - {*REFERENCES}))  # every one that takes steps
 RETAIN, FORGET = make_batch(9, seed=0), make_batch(5, seed=1, labels=0)
+RETAIN_ONLY = {
+    "retain_finetune",
+    "l1_sparse",
+    "cf_k",
+    "eu_k",
+    "negate_first",
+}  # the rules that say they do not read the forget images
 RETAIN_ONLY = {"retain_finetune"}  # the rules that say they do not read the forget images
 STILL_STATISTICS = {"adaptive_uniform"}  # those that say BatchNorm's running statistics never move
 SEED_AXES = RuleState(0, 0, 0, 0, None, None)  # step and epoch are one for all seeds

@@ -19,6 +19,7 @@ from linear import (
 )
 
 from jaxunlearn.ingredients.gradients import clip, without_conflict
+from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.methods import fanchuan, gdr_gma, munba
 from jaxunlearn.methods.rule import differentiate, init_state
 
@@ -148,7 +149,8 @@ def test_munba():
     rule, model = munba.rule(linear_context()), in_numpy(params)
     state = rule.init(params, stats, jax.random.key(0))
     taken, after, metrics = take_step(jax.jit(rule.step), params, state, retain, forget)
-    labels = jax.random.randint(jax.random.split(state.key)[1], (5,), 0, CLASSES)
+    key = jax.random.split(state.key)[0]  # once the retain forward has drawn
+    labels = random_labels(jax.random.split(key)[1], forget.labels, CLASSES)
     down = vector(gradient(lambda model: cross_entropy(model(retain), retain.labels), model))
     away = vector(gradient(lambda model: cross_entropy(model(forget), labels), model))
     bisector = down / np.linalg.norm(down) + away / np.linalg.norm(away)

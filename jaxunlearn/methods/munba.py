@@ -11,11 +11,11 @@ loss is CE(retain).
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from optax.tree_utils import tree_add_scale, tree_scale, tree_vdot
 
 from jaxunlearn.ingredients.gradients import clip, norm
+from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, differentiate, init_state, update
 
 
@@ -32,17 +32,16 @@ def bargain(retain, forget, fallback):
 
 def rule(context, *, fallback: tuple = (1.0, 0.1), max_norm: float = 1.0) -> UnlearningRule:
     def step(params, state, retain, forget):
-        key, label_key = jax.random.split(state.key)
-        labels = jax.random.randint(label_key, forget.labels.shape, 0, context.num_classes)
-
         def on_retain(student):
             logits = student(retain.images)
             return cross_entropy(logits, retain.labels), {"accuracy": accuracy(logits, retain.labels)}
 
-        down, state, metrics = differentiate(context, params, state._replace(key=key), on_retain)
-        away, state, _ = differentiate(
-            context, params, state, lambda student: cross_entropy(student(forget.images), labels)
-        )
+        def on_forget(student):
+            labels = random_labels(student.random_key(), forget.labels, context.num_classes)
+            return cross_entropy(student(forget.images), labels)
+
+        down, state, metrics = differentiate(context, params, state, on_retain)
+        away, state, _ = differentiate(context, params, state, on_forget)
         weights = bargain(down, away, fallback)
         gradients = tree_add_scale(tree_scale(weights[0], down), weights[1], away)
         return *update(context, params, state, clip(gradients, max_norm)), metrics

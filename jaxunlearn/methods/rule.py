@@ -97,6 +97,11 @@ class Student:
         """Logits of the model as it was before the first step, in eval mode. For rules made by `loss_rule`."""
         return teach(self.context, self.state.extra, images)
 
+    def random_key(self) -> jax.Array:
+        """A key of this step that nothing else uses, to draw with."""
+        self.key, key = jax.random.split(self.key)
+        return key
+
 
 def teach(context: Context, teacher: Frozen, images: jax.Array) -> jax.Array:
     """Logits of a frozen model in eval mode; no gradient flows into it."""

@@ -1,0 +1,46 @@
+"""Which parameters a rule changes."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def last_layers(names: Sequence[str], params: Mapping[str, Any], count: int) -> set[str]:
+    """The names of the last `count` layers, all where there are fewer: convolutions and linear layers, each with the
+    BatchNorm behind it. A convolution in a shortcut counts as any other.
+
+    Args:
+      names: of everything that has parameters, in the order in which it computes, as of `Context.layers`.
+      params: by those names; what has a "kernel" is a convolution or linear layer, anything else a BatchNorm.
+    """
+    layers: list[list[str]] = []
+    bare: list[list[str]] = []
+    for name in names:
+        if "kernel" in params[name]:
+            layers.append([name])
+            bare.append(layers[-1])
+        else:  # behind the last without one: a shortcut stands between a block's last convolution and its BatchNorm
+            bare.pop().append(name)
+    return {name for layer in layers[max(len(layers) - count, 0) :] for name in layer}
+
+
+def freeze(params: Mapping[str, PyTree], but: Collection[str]) -> dict[str, PyTree]:
+    """The same parameters, by layer; no gradient flows into any layer `but` those."""
+    return {name: layer if name in but else jax.lax.stop_gradient(layer) for name, layer in params.items()}
+
+
+def largest(tree: PyTree, share: float) -> PyTree:
+    """Booleans, true for the `share` of all values of the tree together, f32 arrays, that is largest, and what equals
+    the least of those."""
+    values = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+    least = jnp.sort(values)[round((1 - share) * values.size)]
+    return jax.tree.map(lambda leaf: leaf >= least, tree)
+
+
+def freeze_outside(params: PyTree, mask: PyTree) -> PyTree:
+    """The same parameters; no gradient flows into any for which the `mask`, a tree of booleans, is false."""
+    return jax.tree.map(lambda leaf, on: jnp.where(on, leaf, jax.lax.stop_gradient(leaf)), params, mask)

@@ -1,0 +1,31 @@
+"""Amnesiac unlearning, the form that relabels (Graves et al. 2021, arXiv:2010.10981, "unlearning"; as a baseline in
+Chundawat et al. 2023, arXiv:2205.08096): CE(retain) + CE(forget, y'), y' one of the classes that are not an image's
+own, drawn once an image.
+
+Not the form that subtracts the logged updates of pretraining: there is no log. Reads retain and forget, in two forwards
+of one step, retain first, where published code mixes both in one batch. For any forget set; published with Adam 1e-4
+for 3 epochs.
+"""
+
+import jax
+
+from jaxunlearn.ingredients.labels import wrong_labels
+from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, descend, init_state
+
+
+def rule(context) -> UnlearningRule:
+    def init(params, batch_stats, key):
+        return init_state(context, params, batch_stats, key, extra=jax.random.key_data(key))
+
+    def step(params, state, retain, forget):
+        key = jax.random.wrap_key_data(state.extra)
+        wrong = wrong_labels(key, forget.indices, forget.labels, context.num_classes)
+
+        def loss(student):
+            logits = student(retain.images)
+            loss = cross_entropy(logits, retain.labels) + cross_entropy(student(forget.images), wrong)
+            return loss, {"accuracy": accuracy(logits, retain.labels)}
+
+        return descend(context, params, state, loss)
+
+    return UnlearningRule(init, step)

@@ -1,0 +1,24 @@
+"""Boundary Shrink (Chen et al. 2023, CVPR, "Boundary Unlearning"): CE(forget, y'), y' the class that the pretrained
+model f0 answers to the image after an attack: argmax f0(x + eps sign grad_x CE(f0(x), y)).
+
+The attack is one step of FGSM of `eps` in pixels from 0 to 1, on the batch as it comes; the attacked image is brought
+back to [0, 1] and to whole steps of 1/255. Where the attack fails, y' is the image's own label, which is then learned.
+Reads the forget batch alone, so BatchNorm sees nothing else; for whole classes. Published with SGD.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxunlearn.methods.rule import cross_entropy, loss_rule
+
+
+@loss_rule
+def rule(student, retain, forget, *, eps: float = 0.1):
+    def pretrained(images):
+        return student.context.apply_eval(*student.state.extra, images)
+
+    mean, std = jnp.array(student.context.mean), jnp.array(student.context.std)
+    uphill = jnp.sign(jax.grad(lambda images: cross_entropy(pretrained(images), forget.labels))(forget.images))
+    pixels = jnp.clip(forget.images * std + mean + eps * uphill, 0, 1)
+    attacked = (jnp.round(pixels * 255) / 255 - mean) / std
+    return cross_entropy(student(forget.images), pretrained(attacked).argmax(-1))

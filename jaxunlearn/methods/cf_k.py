@@ -1,0 +1,31 @@
+"""Catastrophically forgetting the last k layers (Goel et al. 2022, arXiv:2201.06640, CF-k): CE(retain), in which only
+the last k layers learn.
+
+A layer is a convolution or linear layer with the BatchNorm behind it. The others are frozen, and so are their running
+statistics; while the rest learns, the batch normalises all layers. By default these are the last stage and the head of
+ResNet-20, the last two blocks and both linear layers of VGG-16-BN, the last two blocks, the last convolution and the
+head of MobileNetV2. Reads retain alone; for any forget set. Published with SGD, k chosen by validation.
+"""
+
+from functools import partial
+
+from jaxunlearn.ingredients.masks import freeze, last_layers
+from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, descend, init_state
+
+
+def rule(context, *, k: int = 8) -> UnlearningRule:
+    names = context.layers()
+
+    def step(params, state, retain, forget):
+        learning = last_layers(names, params, k)
+
+        def loss(student):
+            student.params = freeze(student.params, learning)
+            logits = student(retain.images)
+            return cross_entropy(logits, retain.labels), {"accuracy": accuracy(logits, retain.labels)}
+
+        params, after, metrics = descend(context, params, state, loss)
+        stats = {name: (after if name in learning else state).batch_stats[name] for name in state.batch_stats}
+        return params, after._replace(batch_stats=stats), metrics
+
+    return UnlearningRule(partial(init_state, context), step)

@@ -1,0 +1,17 @@
+"""NoT (Khalil et al. 2025, arXiv:2503.05657): the kernel of the first convolution is multiplied by -1, once; then
+CE(retain).
+
+Reads retain alone; for any forget set. The paper's federated rounds of finetuning are the steps of unlearning here.
+"""
+
+from jaxunlearn.methods.retain_finetune import rule as retain_finetune
+from jaxunlearn.methods.rule import UnlearningRule
+
+
+def rule(context) -> UnlearningRule:
+    first = context.layers()[0]
+
+    def prepare(params, state, retain_set, forget_set):
+        return params | {first: params[first] | {"kernel": -params[first]["kernel"]}}, state
+
+    return retain_finetune(context)._replace(prepare=prepare)

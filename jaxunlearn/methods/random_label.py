@@ -1,0 +1,17 @@
+"""Random labels (a baseline of Golatkar et al. 2020, arXiv:1911.04933, in the form of Fan et al. 2024,
+arXiv:2310.12508): CE(retain) + CE(forget, y'), y' uniform over all classes, drawn anew in every step.
+
+Reads retain and forget, in two forwards of one step, retain first, where published code steps on each in turn. For any
+forget set; published with SGD. Under Adam the two terms share their moments.
+"""
+
+from jaxunlearn.ingredients.labels import random_labels
+from jaxunlearn.methods.rule import accuracy, cross_entropy, loss_rule
+
+
+@loss_rule
+def rule(student, retain, forget):
+    drawn = random_labels(student.random_key(), forget.labels, student.context.num_classes)
+    logits = student(retain.images)
+    loss = cross_entropy(logits, retain.labels) + cross_entropy(student(forget.images), drawn)
+    return loss, {"accuracy": accuracy(logits, retain.labels)}

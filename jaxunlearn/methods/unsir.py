@@ -1,0 +1,54 @@
+"""UNSIR (Tarun et al. 2023, arXiv:2111.08947): images N are learned before the first step, which the model takes least
+for the forgotten class c: min -CE(f0(N), c) + 0.1 mean ||N||^2. Impair: CE(retain and N together, N labelled c); then
+repair: CE(retain). The first `impair` of the epochs impairs; published is one epoch of each.
+
+Reads retain alone, no forget image: for a whole class. N is learned from noise with its own Adam, as published: `rate`
+0.1, 25 `steps`, `images` 32, in eval mode. Published with Adam 1e-4 for the model, whose steps here are the fixed ones.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, descend, init_state
+
+
+def rule(context, *, images: int = 32, rate: float = 0.1, steps: int = 25, impair: float = 0.5) -> UnlearningRule:
+    labels = jnp.full(images, context.forget_class, jnp.int32)
+
+    def init(params, batch_stats, key):
+        noise = jax.random.normal(key, (images, 32, 32, 3))
+        return init_state(context, params, batch_stats, key, extra=noise)
+
+    def prepare(params, state, retain_set, forget_set):
+        adam = optax.adam(rate)
+
+        @jax.jit
+        def learned(noise, params):
+            def loss(noise):
+                logits = context.apply_eval(params, state.batch_stats, noise)
+                return 0.1 * (noise**2).sum((1, 2, 3)).mean() - cross_entropy(logits, labels)
+
+            def learn(_, carry):
+                updates, moments = adam.update(jax.grad(loss)(carry[0]), carry[1])
+                return optax.apply_updates(carry[0], updates), moments
+
+            return jax.lax.fori_loop(0, steps, learn, (noise, adam.init(noise)))[0]
+
+        return params, state._replace(extra=learned(state.extra, params))
+
+    def step(params, state, retain, forget):
+        def learn(images, labels):
+            def loss(student):
+                logits = student(images)
+                return cross_entropy(logits, labels), {
+                    "accuracy": accuracy(logits[: len(retain.labels)], retain.labels)
+                }
+
+            return lambda: descend(context, params, state, loss)
+
+        both = jnp.concatenate([retain.images, state.extra]), jnp.concatenate([retain.labels, labels])
+        # Epochs belong to all seeds at once, so under vmap this stays a branch: one of the two is computed.
+        return jax.lax.cond(state.epoch < impair * context.epochs, learn(*both), learn(retain.images, retain.labels))
+
+    return UnlearningRule(init, step, prepare)
