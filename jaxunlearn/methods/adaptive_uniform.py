@@ -4,7 +4,9 @@ CE(retain) + .2 mean_i w_i KL(U || p(x_i)) + .03 mean z(x)^2 on forget, w_i = 1 
 least 1; the last mean is over images and classes. The gradient is clipped to global norm 5. BatchNorm is in eval mode
 throughout: its running statistics are used and never move, its scale and bias learn.
 
-Reads both batches; for classes and samples.
+For classes and samples.
+
+Reads: retain, forget.
 """
 
 from functools import partial

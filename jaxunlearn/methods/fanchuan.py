@@ -7,7 +7,9 @@ There the first phase is one epoch of the forget set and eight follow, each a wh
 retain, with three SGD optimizers at 5e-3, 3e-4 (cosine) and 1e-3. Here it is a ninth of all steps, each later step
 takes one batch of both, the same retain batch twice, and all share Adam's moments. All forwards are in train mode.
 
-Reads both batches; for classes and samples. Its loss is what is descended last.
+For classes and samples. Its loss is what is descended last.
+
+Reads: retain, forget images.
 """
 
 from functools import partial

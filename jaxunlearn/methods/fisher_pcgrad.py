@@ -7,7 +7,9 @@ I = .9 I + .1 g_r^2; g_f / (1 + 40 sqrt I); g_f projected off g_r where <g_r, g_
 g = g_r + min(1, (epoch + 1) / 4) min(1, ||g_r|| / ||g_f||) g_f. How I begins is not published: with the first g_r^2.
 Two forwards in train mode, retain first; the pretrained model is in eval mode.
 
-Reads both batches; for classes. Its loss is that of retain.
+For classes. Its loss is that of retain.
+
+Reads: retain, forget images.
 """
 
 import jax

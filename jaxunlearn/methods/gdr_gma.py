@@ -6,8 +6,9 @@ those of the last epoch's g_f (this step's included, none projected) that point 
 g = (1 - l) g_r + l g_f, l = sigmoid(-100 (CE(retain) - .02)). Two forwards in train mode, retain first.
 
 There with AdamW at 1e-4. Its code projects g_f off g_r as already projected, and adds to the bank as it averages; here
-both are projected as they were, and the bank is only read. Reads both batches; for classes and samples. Its loss is
-CE(retain).
+both are projected as they were, and the bank is only read. For classes and samples. Its loss is CE(retain).
+
+Reads: retain, forget.
 """
 
 import jax

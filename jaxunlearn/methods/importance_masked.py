@@ -5,7 +5,9 @@ tensor m = 1 - sigmoid(10 i), with i = ||g_r|| over the largest ||g_r|| of any t
 where E > 2, with E = .1 CE(retain) + .9 E, the step's own loss included. g is clipped to global norm 5.
 How E begins is not published: here with the first step's loss. Two forwards in train mode, retain first.
 
-Reads both batches; for classes and samples. Its loss is CE(retain): what it descends is the gradient of no loss.
+For classes and samples. Its loss is CE(retain): what it descends is the gradient of no loss.
+
+Reads: retain, forget.
 """
 
 import jax

@@ -5,8 +5,9 @@ class. The Nash solution is the bisector at length sqrt 2: a = 1 / (||g|| sqrt(1
 which is the published form without its 0 / 0 where they are orthogonal. Where they are opposite, or one is 0, there is
 no bargain and g = g_r + .1 g_f. g is clipped to global norm 1. Two forwards in train mode, retain first.
 
-There with SGD; Adam does not see the length of g, only its direction. Reads both batches; for classes and samples. Its
-loss is CE(retain).
+There with SGD; Adam does not see the length of g, only its direction. For classes and samples. Its loss is CE(retain).
+
+Reads: retain, forget images.
 """
 
 from functools import partial

@@ -3,7 +3,9 @@
 5 MSE(z(retain), z0*(retain)) + MSE(z(forget), z0*(forget)): z0* are the pretrained model's logits, in eval mode, with
 the forgotten class's set to 0; the means are over images and classes. Two forwards in train mode, retain first.
 
-Reads both batches and no retain label; for classes.
+For classes.
+
+Reads: retain images, forget images.
 """
 
 from jaxunlearn.methods.rule import accuracy, loss_rule
