@@ -26,7 +26,8 @@ class Reporter:
     def task(
         self, title: str, epochs: int, steps: int, images: int, first: int = 0
     ) -> Iterator[Callable[[int], Report]]:
-        """A bar over `epochs` epochs of `steps` steps and `images` images each, of which `first` steps are done.
+        """A bar over `epochs` epochs of `steps` steps and `images` images each, of which `first` steps are done. What
+        goes before them, in epochs below 0, does not move it.
 
         Yields a function of the epoch that makes the loop's `report`.
         """
@@ -47,6 +48,9 @@ class Reporter:
                 def report(done: int, metrics: dict[str, Any]) -> None:
                     nonlocal last, start
                     now, steps_done = time.monotonic(), epoch * steps + done
+                    if epoch < 0:
+                        bar.update(shown, text=f"passes to go: {-epoch}, batch {done}")
+                        return
                     start = start or (now, steps_done)
                     if not self.shows or now - last < REFRESH_SECONDS or steps_done == start[1]:
                         return

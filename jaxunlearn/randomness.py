@@ -21,6 +21,7 @@ class Stream(enum.IntEnum):
     ATTEMPT = 7  # a seed's further attempts at pretraining, after one that learned nothing
     RELEARN = 8  # the fresh head, order and batches of relearning: the same for all models of a seed
     UNLEARN_SEED = 9  # further unlearnings of one original
+    PASS = 10  # what a rule draws in a pass, and which images that sees
 
 
 def stream_key(key: jax.Array, stream: Stream, *path: int | jax.Array) -> jax.Array:

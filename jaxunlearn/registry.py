@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ class Method(NamedTuple):
     defaults: dict[str, Any]
     hyperparameters: dict[str, Any]
     source: str = ""  # SHA-256 of the rule's file; empty where it has none, and nobody can say what it depends on
+    reads: str = ""  # which data the rule reads, by its docstring; empty where that does not say
 
 
 def names() -> list[str]:
@@ -65,7 +67,7 @@ def get_method(method: Named, settings: dict[str, str] | None = None) -> Method:
     """
     title, text, source = title_of(method), str(method), ""
     if text == RETRAIN:
-        return Method(RETRAIN, None, {}, _apply(RETRAIN, {}, settings or {}))
+        return Method(RETRAIN, None, {}, _apply(RETRAIN, {}, settings or {}), reads="retain")
     if callable(method):
         _check_title(title, f"the method '{title}'", "the function or class", title.isidentifier())
         factory = _of_class(method) if isinstance(method, type) else method
@@ -81,7 +83,7 @@ def get_method(method: Named, settings: dict[str, str] | None = None) -> Method:
         nearest = difflib.get_close_matches(title, [*names(), RETRAIN], n=1, cutoff=0)[0]
         raise UserError(f"unknown method '{title}': did you mean '{nearest}'? (a rule file's name ends in .py)")
     defaults = _defaults(title, factory)
-    return Method(title, factory, defaults, _apply(title, defaults, settings or {}), source)
+    return Method(title, factory, defaults, _apply(title, defaults, settings or {}), source, _reads(factory))
 
 
 def _check_title(title: str, given: str, kind: str, plain: bool) -> None:
@@ -160,6 +162,15 @@ def _defaults(title: str, factory: Any) -> dict[str, Any]:
             message = "its default must be a finite number, a text, true or false, None, or a tuple of these"
             raise UserError(f"method '{title}': hyperparameter '{parameter.name}': {message}") from None
     return {p.name: p.default for p in keywords}
+
+
+def _reads(factory: Any) -> str:
+    """What a docstring says in "Reads: ...": the factory's own, else its file's."""
+    file = sys.modules.get(str(getattr(factory, "__module__", "")))
+    for text in (getattr(factory, "__doc__", None), getattr(file, "__doc__", None)):
+        if isinstance(text, str) and (found := re.search(r"^\s*Reads: ([^.]+)\.", text, re.MULTILINE)):
+            return " ".join(found[1].split())
+    return ""
 
 
 def _of_class(cls: type) -> Callable[..., UnlearningRule]:

@@ -49,7 +49,7 @@ COMPANIONS = {
 BEFORE = METRICS | {"forget_acc": 0.9, "companions": COMPANIONS | {"against_retrain": None, "full": None}}
 PROTOCOL = Protocol(model="resnet20", dataset="cifar10", mean=(0.5,) * 3, std=(0.25,) * 3)
 EXAMPLE = {
-    "schema": 2,
+    "schema": 3,
     "bench": "resnet20-cifar10-class0",
     "method": "scrub",
     "seed": 42,
@@ -72,6 +72,7 @@ EXAMPLE = {
         "data_s": 0.5,
         "compile_s": 10.0,
         "pretrain_s": 100.0,
+        "prepare_s": 2.0,
         "unlearn_s": 20.0,
         "evaluate_s": 5.0,
         "companions_s": 1.0,

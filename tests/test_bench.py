@@ -121,6 +121,8 @@ def test_list_names_benchmarks_and_methods(bench):
     status, out, _ = bench("--list")
     assert status == 0
     assert {"vgg16bn-cifar100-class0", "scrub", "retrain"} <= set(out.split())
+    lines = [line.split(maxsplit=1) for line in out.splitlines()]
+    assert ["scrub", "retain, forget images"] in lines and ["output_mask", "nothing (reference)"] in lines
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,11 @@ LEAVES = {
     "extra/none": np.zeros((0, 3), np.float32),
     "extra/mask": np.asarray([True, False]),
 }
-ABSTRACT = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in LEAVES.items()}
+SHAPES = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in LEAVES.items()}
+
+
+def abstract(position):
+    return SHAPES
 
 
 def entry(folder, protocol=PROTOCOL, digest="d", seed=42, without=None, attempt=0):
@@ -47,9 +51,8 @@ def entry(folder, protocol=PROTOCOL, digest="d", seed=42, without=None, attempt=
 
 def saved(epoch, step=0, diverged=None):
     leaves = {name: np.array(leaf if leaf.dtype == bool else leaf + epoch, leaf.dtype) for name, leaf in LEAVES.items()}
-    return Saved(
-        leaves, Position(epoch, step), 1.5 * epoch, diverged, {"loss": [0.1 * n for n in range(epoch)] + [None]}
-    )
+    sums = {"loss": [0.1 * n for n in range(epoch)] + [None]}
+    return Saved(leaves, Position(epoch, step), 1.5 * epoch, diverged, sums, 0.5 * epoch)
 
 
 def assert_same(one, other):
@@ -61,7 +64,7 @@ def assert_same(one, other):
 def test_round_trip_keeps_everything_and_removes_what_it_replaces(tmp_path):
     for one in (saved(0), saved(1), saved(2), saved(2, 30, diverged=17)):
         save_together([entry(tmp_path)], [one])
-        (again,) = load_together([entry(tmp_path)], ABSTRACT)
+        (again,) = load_together([entry(tmp_path)], abstract)
         assert_same(again, one)
         assert [path.name for path in entry(tmp_path).folder.iterdir()] == [one.position.name]
     discard(entry(tmp_path))
@@ -69,7 +72,7 @@ def test_round_trip_keeps_everything_and_removes_what_it_replaces(tmp_path):
 
 
 def test_nothing_saved_is_none(tmp_path):
-    assert load_together([entry(tmp_path)], ABSTRACT) == [None]
+    assert load_together([entry(tmp_path)], abstract) == [None]
 
 
 def test_key_depends_on_what_pretraining_reads_and_on_nothing_else(tmp_path):
@@ -89,7 +92,7 @@ def test_key_depends_on_what_pretraining_reads_and_on_nothing_else(tmp_path):
 def test_another_format_is_never_reused(tmp_path, monkeypatch):
     save_together([entry(tmp_path)], [saved(3)])
     monkeypatch.setattr(checkpoints, "FORMAT", checkpoints.FORMAT + 1)
-    assert load_together([entry(tmp_path)], ABSTRACT) == [None]
+    assert load_together([entry(tmp_path)], abstract) == [None]
 
 
 def test_unlearning_depends_on_the_rule_and_its_file(tmp_path):
@@ -136,15 +139,15 @@ def test_damaged_checkpoint_is_set_aside_not_used_not_deleted(tmp_path, damage):
     save_together([entry(tmp_path)], [saved(3)])
     damage(entry(tmp_path).path(Position(3, 0)))
     with pytest.warns(UserWarning, match="cannot be used"):
-        assert load_together([entry(tmp_path)], ABSTRACT) == [None]
+        assert load_together([entry(tmp_path)], abstract) == [None]
     assert list(entry(tmp_path).folder.glob("epoch000*.damaged-*"))
 
 
 def test_checkpoint_of_another_shape_is_set_aside(tmp_path):
     save_together([entry(tmp_path)], [saved(3)])
-    abstract = ABSTRACT | {"count": jax.ShapeDtypeStruct((5, 5), np.int32)}
+    others = SHAPES | {"count": jax.ShapeDtypeStruct((5, 5), np.int32)}
     with pytest.warns(UserWarning, match="of another model"):
-        assert load_together([entry(tmp_path)], abstract) == [None]
+        assert load_together([entry(tmp_path)], lambda position: others) == [None]
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint:UserWarning")
@@ -161,7 +164,7 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
             continue
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
         file.write_bytes(content)
-        (again,) = load_together([entry(tmp_path)], ABSTRACT)
+        (again,) = load_together([entry(tmp_path)], abstract)
         refused += again is None
         if again:
             assert_same(again, one)
@@ -180,7 +183,7 @@ def test_seeds_go_back_to_what_all_have(tmp_path):
     for path in both:
         shutil.copytree(tmp_path / path.parent.name, path)
     shutil.rmtree(pair[1].path(Position(2, 0)))  # as if the process had died before it came to the second
-    assert [one.position for one in load_together(pair, ABSTRACT)] == [Position(1, 0)] * 2
+    assert [one.position for one in load_together(pair, abstract)] == [Position(1, 0)] * 2
     assert [one.positions for one in pair] == [{Position(1, 0)}] * 2
     assert [path.exists() for path in both] == [True, True]
 
@@ -189,7 +192,7 @@ def test_seeds_start_again_where_only_some_were_ever_written(tmp_path):
     pair = [entry(tmp_path, seed=seed) for seed in (1, 2)]
     save_together(pair, [saved(1)] * 2)
     shutil.rmtree(pair[1].folder)  # as if the process had died before it came to the second
-    assert load_together(pair, ABSTRACT) == [None, None]
+    assert load_together(pair, abstract) == [None, None]
 
 
 def test_a_model_outlives_the_removal_of_another(tmp_path):
@@ -197,7 +200,7 @@ def test_a_model_outlives_the_removal_of_another(tmp_path):
     save_together(pair, [saved(1)] * 2)
     save_together(pair, [saved(9)] * 2)
     shutil.rmtree(pair[1].folder)
-    found = load_together(pair, ABSTRACT)
+    found = load_together(pair, abstract)
     assert found[0].position == Position(9, 0) and found[1] is None
 
 
@@ -205,8 +208,8 @@ def test_a_seed_alone_goes_on_from_what_was_saved_with_others(tmp_path):
     pair = [entry(tmp_path, seed=seed) for seed in (1, 2)]
     save_together(pair, [saved(1)] * 2)
     save_together(pair[:1], [saved(2)])
-    assert [one.position for one in load_together(pair, ABSTRACT)] == [Position(2, 0), Position(1, 0)]
-    assert load_together([pair[1], entry(tmp_path, seed=3)], ABSTRACT)[0].position == Position(1, 0)
+    assert [one.position for one in load_together(pair, abstract)] == [Position(2, 0), Position(1, 0)]
+    assert load_together([pair[1], entry(tmp_path, seed=3)], abstract)[0].position == Position(1, 0)
 
 
 def test_what_could_not_be_written_leaves_room(tmp_path, monkeypatch):
@@ -230,14 +233,14 @@ def test_seeds_with_nothing_in_common_each_go_on_from_their_own(tmp_path):
     entries = [entry(tmp_path, seed=seed) for seed in range(4)]
     for one, state in zip(entries, (saved(9), saved(2, 5), saved(3)), strict=False):
         save_together([one], [state])
-    found = load_together(entries, ABSTRACT)
+    found = load_together(entries, abstract)
     assert [one and one.position for one in found] == [Position(9, 0), Position(2, 5), Position(3, 0), None]
 
 
 def test_a_finished_seed_does_not_hold_the_others_back(tmp_path):
     entries = [entry(tmp_path, seed=seed) for seed in range(3)]
     save_together(entries, [saved(9), saved(2, 5), saved(2, 5)])
-    found = load_together(entries, ABSTRACT)
+    found = load_together(entries, abstract)
     assert [one.position for one in found] == [Position(9, 0), Position(2, 5), Position(2, 5)]
 
 
@@ -246,7 +249,7 @@ def test_what_a_dead_process_left_is_removed(tmp_path):
     folder = entry(tmp_path).folder
     for name in ("epoch0004.orbax-checkpoint-tmp-12", "epoch0002.discarded"):
         (folder / name).mkdir()
-    load_together([entry(tmp_path)], ABSTRACT)
+    load_together([entry(tmp_path)], abstract)
     assert [path.name for path in folder.iterdir()] == ["epoch0003"]
 
 
@@ -283,8 +286,8 @@ def test_what_a_gpu_computed_in_tf32_is_not_taken_for_fp32(tmp_path, monkeypatch
     monkeypatch.setattr(Checkpointer, "save", altered)
     save_together([one], [saved(3)])
     if used:
-        assert_same(load_together([one], ABSTRACT)[0], saved(3))
+        assert_same(load_together([one], abstract)[0], saved(3))
     else:
         with pytest.warns(UserWarning, match="it was computed in TF32"):
-            assert load_together([one], ABSTRACT) == [None]
+            assert load_together([one], abstract) == [None]
         assert list(one.folder.glob("epoch0003.damaged-*"))

@@ -42,6 +42,15 @@ def test_a_terminal_shows_epoch_loss_accuracy_speed_and_the_time_left(monkeypatc
     assert " 60%" in text and ":" in text.rsplit("images/s", 1)[1]
 
 
+def test_a_pass_before_the_first_epoch_is_told_and_does_not_move_the_bar(monkeypatch, clock):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Reporter().task("[ssd]", epochs=3, steps=10, images=200) as report:
+        report(-2)(7, {"batch": np.array([[6], [6]])})
+        report(0)(1, {})
+    text = sys.stderr.getvalue()
+    assert "[ssd]" in text and "passes to go: 2, batch 7" in text and "  0%" in text and "batch 6" not in text
+
+
 @pytest.mark.parametrize(("stderr", "quiet"), [(io.StringIO(), False), (Terminal(), True)])
 def test_nothing_is_shown_without_a_terminal_or_where_quiet_is_asked_for(monkeypatch, clock, stderr, quiet):
     assert shown(monkeypatch, clock, stderr, quiet) == ""

@@ -80,6 +80,18 @@ def test_a_users_loss_is_a_method(tmp_path):
     assert_close(state.batch_stats, forward(RETAIN.images, forward(FORGET.images)[1])[1], 1e-5)
 
 
+def test_what_a_method_reads_is_in_its_docstring_or_its_files(tmp_path):
+    assert get_method("scrub").reads == "retain, forget images" and get_method(RETRAIN).reads == "retain"
+    own = 'def rule(context):\n    "Own.\\n\\n    Reads: forget,\\n    a pass over all. More."\n'
+    for name, text, reads in (
+        ("mine.py", f'"Reads: retain."\n{own}', "forget, a pass over all"),
+        ("file.py", f'"Mine. Reads: this no.\\nReads: retain."\n{LOSS}', "retain"),
+        ("silent.py", LOSS, ""),
+    ):
+        (tmp_path / name).write_text(text)
+        assert get_method(str(tmp_path / name)).reads == reads
+
+
 CLASS = """
 from __future__ import annotations
 import dataclasses

@@ -142,6 +142,7 @@ def test_a_rule_that_takes_no_step_changes_the_model_once(tmp_path, monkeypatch)
     interrupted.close()
     assert (first["status"], first["unlearn_steps"]) == ("ok", 0)
     assert first["throughput"]["unlearn_steps_per_s"] is None
+    assert first["timing"]["prepare_s"] > first["timing"]["unlearn_s"]
     assert first["retain_acc"] != first["before"]["retain_acc"]
     monkeypatch.setattr(Unlearning, "_prepare", lambda *_: pytest.fail("prepared again"))
     again = results(request)

@@ -49,7 +49,7 @@ def version_1(**changes):
     """A record as they were before they had a version."""
     record = {name: value for name, value in example_record().items() if name not in NEW} | {"collapsed": True}
     before = {name: value for name, value in BEFORE.items() if name not in NEW}
-    timing = {name: value for name, value in record["timing"].items() if name != "companions_s"}
+    timing = {name: value for name, value in record["timing"].items() if name not in ("companions_s", "prepare_s")}
     return record | {"before": before, "timing": timing} | changes
 
 
@@ -222,8 +222,20 @@ def test_an_old_record_says_what_it_knew():
         flags=unknown,
         rule_digest=None,
         command=None,
-        timing=example_record()["timing"] | {"companions_s": None},
+        timing=example_record()["timing"] | {"companions_s": None, "prepare_s": None},
     )
+
+
+def test_version_2_did_not_time_preparation_apart():
+    old = example_record(schema=2)
+    place(old, "timing.prepare_s", DROPPED)
+    kept = json.dumps(old)
+    new = upgrade(old)
+    check(new)
+    assert json.dumps(old) == kept and new["timing"]["prepare_s"] is None
+    assert list(new["timing"]) == list(example_record()["timing"])
+    place(new, "timing.prepare_s", 2.0)
+    assert new == example_record()
 
 
 def test_the_oldest_records_knew_less():

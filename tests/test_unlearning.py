@@ -27,7 +27,7 @@ from tiny import (
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.data.batches import normalise
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods.rule import RuleState, UnlearningRule, init_state
+from jaxunlearn.methods.rule import Pass, RuleState, UnlearningRule, init_state
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import Method
@@ -266,6 +266,12 @@ def raised(*args):
     raise ValueError("first line\nsecond line")
 
 
+def over(name="forget", **parts):
+    """Passes of a rule: one that does nothing but for these parts of it."""
+    nothing = Pass(name, lambda p, s: jnp.zeros(()), lambda p, s, carry, b: carry, lambda p, s, carry: (p, s))
+    return (nothing._replace(**parts),)
+
+
 BROKEN = {
     "init fails": ({"init": raised}, "ValueError: first line second line$"),
     "init returns no state": ({"init": lambda p, b, k: (p, b)}, "init returned tuple, it must return a RuleState"),
@@ -275,7 +281,23 @@ BROKEN = {
     ),
     "step fails": ({"step": raised}, "ValueError: first line second line$"),
     "step is no function": ({"step": 3}, "callable"),
-    "nothing changes the model": ({"step": None}, "it has neither step nor prepare$"),
+    "nothing changes the model": ({"step": None}, "it has neither step nor prepare nor passes$"),
+    "a pass is over no set": ({"passes": over("test")}, "pass 1 is over 'test': write retain, forget or all$"),
+    "a pass is over no image": ({"passes": over(images=0)}, "pass 1: its images is 0, it must be None or a whole num"),
+    "a pass fails": ({"passes": over(init=raised)}, "ValueError: first line second line$"),
+    "a pass loses its carry": ({"passes": over(step=lambda *_: ())}, "pass 1: step changed the structure of the carry"),
+    "a pass counts in integers": (
+        {"step": None, "passes": over(step=lambda p, s, carry, b: b.labels.sum())},
+        r"pass 1: step changed the carry from float32\[\] to int32\[\]",
+    ),
+    "a pass finishes with one": (
+        {"passes": over(finish=lambda p, s, c: p)},
+        "pass 1: finish must return .params, state",
+    ),
+    "a pass loses the params": (
+        {"passes": over(finish=lambda p, s, c: ({}, s))},
+        "pass 1: finish changed the structure of params",
+    ),
     "init returns no state, and there is no step": (
         {"init": lambda p, b, k: (p, b), "step": None, "prepare": lambda p, s, r, f: (p, s)},
         "init returned tuple, it must return a RuleState",
@@ -320,6 +342,7 @@ def test_a_rule_that_breaks_the_contract_is_refused_in_one_line(how):
         parts.get("init", lambda p, b, k: init_state(context, p, b, k)),
         parts.get("step", lambda p, s, r, f: (p, s, {"loss": 0.0})),
         parts.get("prepare"),
+        parts.get("passes", ()),
     )
     with pytest.raises(UserError, match=f"^method 'mine' does not keep the rule contract: .*{message}") as caught:
         check_rule(method_of(None), rule, context, [(4, 4)])

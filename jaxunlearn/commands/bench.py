@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the command's arguments."""
     add = parser.add_argument
     add("--bench", metavar="NAME", help="the benchmark: " + ", ".join(BENCHMARKS))
-    add("--list", action="store_true", help="list benchmarks and methods, and stop")
+    add("--list", action="store_true", help="list benchmarks and methods with what they read, and stop")
     add(
         "--method",
         nargs="+",
@@ -163,9 +163,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         print("benchmarks:", *(f"  {name}" for name in BENCHMARKS), sep="\n")
-        names = (*registry.names(), registry.RETRAIN)
+        methods = [registry.get_method(name) for name in (*registry.names(), registry.RETRAIN)]
         marks = {name: " (reference)" for name in registry.REFERENCES}
-        print("methods:", *(f"  {name}{marks.get(name, '')}" for name in names), sep="\n")
+        width = max(len(method.name) for method in methods)
+        print("methods, and what of the training images they read:")
+        print(*(f"  {m.name:{width}}  {m.reads}{marks.get(m.name, '')}" for m in methods), sep="\n")
         return 0
     if not args.bench:
         raise UserError("name a benchmark with --bench (--list shows all)")

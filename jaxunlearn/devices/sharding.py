@@ -62,6 +62,11 @@ def shard_batch(batch: T) -> T:
     return jax.lax.with_sharding_constraint(batch, jax.P("data"))
 
 
+def whole(tree: T) -> T:
+    """Inside `over_seeds`: the whole of every array on each device of the `data` axis, wherever it was computed."""
+    return jax.lax.with_sharding_constraint(tree, jax.P())
+
+
 def place_seeds(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Puts arrays with a leading seed axis on the mesh."""
     return _place(tree, jax.sharding.NamedSharding(mesh, jax.P("seed")))

@@ -4,6 +4,8 @@ where t is the pretrained model's softmax on retain images and a random model's 
 The random model is the same network with fresh parameters. As in the published baseline it keeps the trained
 BatchNorm running statistics, which do not fit its weights (on MobileNetV2 its logits overflow); `reset_bn=True`
 gives it fresh ones.
+
+Reads: retain images, forget images.
 """
 
 import jax

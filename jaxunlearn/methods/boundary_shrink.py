@@ -3,7 +3,9 @@ model f0 answers to the image after an attack: argmax f0(x + eps sign grad_x CE(
 
 The attack is one step of FGSM of `eps` in pixels from 0 to 1, on the batch as it comes; the attacked image is brought
 back to [0, 1] and to whole steps of 1/255. Where the attack fails, y' is the image's own label, which is then learned.
-Reads the forget batch alone, so BatchNorm sees nothing else; for whole classes. Published with SGD.
+For whole classes; BatchNorm sees forget images alone. Published with SGD.
+
+Reads: forget.
 """
 
 import jax

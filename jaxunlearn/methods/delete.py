@@ -1,9 +1,11 @@
 """DELETE (Zhou et al. 2025, arXiv:2503.23751): KL(t || student) on forget, where t is the pretrained model's softmax
 over the classes that are not an image's own.
 
-Reads the forget batch alone, so BatchNorm sees nothing else: made for whole classes where no retain images are left.
-Published with SGD 1e-4 (5e-5 for CIFAR-100 and VGG), momentum 0.9, 20 epochs. Adam's steps are larger than those, and
-stay so when the gradient has become small.
+Made for whole classes where no retain images are left; BatchNorm sees forget images alone. Published with SGD 1e-4
+(5e-5 for CIFAR-100 and VGG), momentum 0.9, 20 epochs. Adam's steps are larger than those, and stay so when the
+gradient has become small.
+
+Reads: forget.
 """
 
 import jax

@@ -1,6 +1,8 @@
 """Gradient ascent on what is forgotten beside descent on what is kept: CE(retain) - w CE(forget).
 
 Two forwards in train mode, retain first: BatchNorm's running statistics move twice a step.
+
+Reads: retain, forget.
 """
 
 from jaxunlearn.methods.rule import accuracy, cross_entropy, loss_rule

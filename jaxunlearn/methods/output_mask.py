@@ -2,6 +2,8 @@
 
 It takes no step and erases nothing: all other weights are the pretrained model's. What a measure says of it, it says of
 hiding, not of forgetting.
+
+Reads: nothing.
 """
 
 from functools import partial

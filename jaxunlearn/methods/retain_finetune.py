@@ -1,4 +1,7 @@
-"""Finetuning on what is kept: CE(retain). The forget batch is never looked at, so BatchNorm sees retain images only."""
+"""Finetuning on what is kept: CE(retain). The forget batch is never looked at, so BatchNorm sees retain images only.
+
+Reads: retain.
+"""
 
 from jaxunlearn.methods.rule import accuracy, cross_entropy, loss_rule
 

@@ -2,7 +2,9 @@
 
 Its gradient with respect to the logits of a forget image is p - q, q the model's own softmax over the other classes: it
 teaches what DELETE (arXiv:2503.23751) does with the model itself as its teacher, and vanishes as p_y does. No paper of
-its own. Reads retain and forget, in two forwards of one step, retain first; for any forget set.
+its own. Two forwards in one step, retain first. For any forget set.
+
+Reads: retain, forget.
 """
 
 import jax

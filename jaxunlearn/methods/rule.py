@@ -3,6 +3,10 @@
 A rule file has one module-level name, `rule`: a factory `rule(context, *, hyperparameters with defaults)` that
 returns an `UnlearningRule`, much as an optax transformation does. Most rules are only a loss: `loss_rule` makes a
 factory from it. Everything here is for one seed; the loop vmaps it over seeds and shards it over devices.
+
+The docstring of the file, or of the function, says which training images the rule reads, in one sentence that
+`--list` shows: "Reads: retain, forget images, a pass over all." Each part is retain, forget or (of a pass) all, with
+" images" behind it where the labels are not read; or the whole is "nothing".
 """
 
 import functools
@@ -17,6 +21,8 @@ import optax
 PyTree = Any
 Metrics = dict[str, jax.Array]
 Loss = jax.Array | tuple[jax.Array, Metrics]
+
+SETS = ("retain", "forget", "all")  # of training images, for a pass to go over
 
 
 class Context(NamedTuple):
@@ -50,20 +56,43 @@ class RuleState(NamedTuple):
     epoch: jax.Array  # i32 scalar, from 0; written by the loop
 
 
-class UnlearningRule(NamedTuple):
-    """A rule: two pure functions, and a third for rules that look at the data before the first step.
+class Pass(NamedTuple):
+    """One look at many images before the first step, run as steps are: jitted, on seeds together and on all devices,
+    saved on the way and timed apart. Images are not augmented.
 
-    A rule whose `step` is None takes no steps: `prepare` is all that changes the model.
+    Params and state are those at the start of the pass, with a fresh `key` in every call; only `finish` changes them.
+    `state.step` is the number of batches done in this pass. The last batch has the size that is left.
+
+    init:   (params, state) -> carry, any tree of arrays
+    step:   (params, state, carry, batch) -> carry
+    finish: (params, state, carry) -> (params, state)
+    """
+
+    over: str  # one of `SETS`, whose images are seen once each, in file order
+    init: Callable[[PyTree, RuleState], PyTree]
+    step: Callable[..., PyTree]
+    finish: Callable[[PyTree, RuleState, PyTree], tuple[PyTree, RuleState]]
+    images: int | None = None  # at most so many, drawn from the set for each seed, in a random order; None: all
+    batch_size: int | None = None  # 1 where each image is looked at alone; None: the protocol's
+
+
+class UnlearningRule(NamedTuple):
+    """A rule: two pure functions, and what rules need that look at the data before the first step.
+
+    A rule whose `step` is None takes no steps: `prepare` and the passes are all that changes the model.
 
     init:    (params, batch_stats, key) -> RuleState
     step:    (params, state, retain, forget) -> (params, state, metrics); jitted, metrics are f32 scalars with "loss"
     prepare: (params, state, retain_set, forget_set) -> (params, state); called once, outside jit. A set is iterated
-             for its clean batches, in file order: `for images, labels in retain_set`.
+             for its clean batches, in file order: `for images, labels in retain_set`. For a few batches: nothing of
+             it is compiled or saved on the way.
+    passes:  what goes over a whole set, one after the other, behind `prepare`
     """
 
     init: Callable[..., RuleState]
     step: Callable[..., tuple[PyTree, RuleState, Metrics]] | None
     prepare: Callable[..., tuple[PyTree, RuleState]] | None = None
+    passes: tuple[Pass, ...] = ()
 
 
 class Frozen(NamedTuple):

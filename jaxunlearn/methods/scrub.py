@@ -2,6 +2,8 @@
 
 With d(x) = T^2 KL(teacher || student) at temperature T: while epoch < `forget_epochs` one Adam step on -d(forget);
 then, in every epoch, one Adam step on gamma CE(retain) + alpha d(retain). Both directions share Adam's moments.
+
+Reads: retain, forget images.
 """
 
 import jax

@@ -2,8 +2,10 @@
 for the forgotten class c: min -CE(f0(N), c) + 0.1 mean ||N||^2. Impair: CE(retain and N together, N labelled c); then
 repair: CE(retain). The first `impair` of the epochs impairs; published is one epoch of each.
 
-Reads retain alone, no forget image: for a whole class. N is learned from noise with its own Adam, as published: `rate`
-0.1, 25 `steps`, `images` 32, in eval mode. Published with Adam 1e-4 for the model, whose steps here are the fixed ones.
+For a whole class, of which no image need be left. N is learned from noise with its own Adam, as published: `rate` 0.1,
+25 `steps`, `images` 32, in eval mode. Published with Adam 1e-4 for the model, whose steps here are the fixed ones.
+
+Reads: retain.
 """
 
 import jax

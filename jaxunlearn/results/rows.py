@@ -70,15 +70,17 @@ def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mappi
         changed = {k: v for k, v in record["hyperparameters"].items() if k not in usual or usual[k] != v}
         variant = printable(" ".join(f"{name}={value}" for name, value in changed.items()))
         groups.setdefault((record["method"], variant), []).append(record)
-    rows = [
-        _row(*key, group, fmean(r["timing"]["unlearn_s"] + r["timing"]["evaluate_s"] for r in group))
-        for key, group in groups.items()
-    ]
+    rows = [_row(*key, group, fmean(map(_seconds, group))) for key, group in groups.items()]
     rows.sort(key=lambda row: -row.mean["symmetric_score"] if row.learned else float("inf"))
     rows = _compared(rows)
     # The methods of one seed share a pretrained model: it counts once.
     before = {record["seed"]: _before(record) for record in records if record["before"]}
     return [_row("pretrained", "", list(before.values()), None), *rows] if before else rows
+
+
+def _seconds(record: Mapping[str, Any]) -> float:
+    """What a method took after pretraining; `prepare_s` is not known apart of earlier versions' records."""
+    return sum(record["timing"].get(name) or 0.0 for name in ("prepare_s", "unlearn_s", "evaluate_s"))
 
 
 def _before(record: Mapping[str, Any]) -> dict[str, Any]:

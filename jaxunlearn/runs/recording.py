@@ -37,13 +37,14 @@ def make_record(
     draw, i = divmod(index, count)
     (pretrained, unlearned), (before, after, retrained) = models, worth
     shares = len(unlearned.seconds)  # of what all models of this method took together
-    pretrain_s, unlearn_s = pretrained.seconds[i], unlearned.seconds[index]
+    pretrain_s, prepare_s = pretrained.seconds[i], unlearned.prepared[index]
+    unlearn_s = unlearned.seconds[index] - prepare_s
     images = sum(run.batches(len(run.train.labels), "training")) * request.protocol.pretrain_epochs
     diverged_at = _diverged(pretrained.diverged[i], unlearned.diverged[index], after)
     untrained_in = _untrained(method, pretrained.untrained[i], unlearned.untrained[index])
     result = diverged_metrics() | {"companions": None} if diverged_at else after
     if untrained_in == "pretrain":  # as it is, whatever became of it beside others
-        result, unlearn_s, diverged_at = before, 0.0, None
+        result, prepare_s, unlearn_s, diverged_at = before, 0.0, 0.0, None
     attempts = {"pretrain": pretrained.attempts[i]}
     attempts |= {RETRAIN: unlearned.attempts[index]} if method.name == RETRAIN else {}
     marks = flags(before, result, retrained, *run.evaluator.counts)
@@ -51,6 +52,7 @@ def make_record(
         "data_s": common["data_s"],
         "compile_s": common.get("compile_s", 0.0) + timing.get("compile_s", 0.0),
         "pretrain_s": pretrain_s,
+        "prepare_s": prepare_s,
         "unlearn_s": unlearn_s,
         "evaluate_s": timing["evaluate_s"] / shares,
         "companions_s": timing.get("companions_s", 0.0) / shares,

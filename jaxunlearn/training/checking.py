@@ -9,11 +9,12 @@ import numpy as np
 
 from jaxunlearn.data.batches import Batch
 from jaxunlearn.errors import UserError, one_line
-from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
+from jaxunlearn.methods.rule import SETS, Context, Pass, RuleState, UnlearningRule
 from jaxunlearn.registry import Method
 from jaxunlearn.training.drawing import watched_draws
 
 LEAK = "it uses an array of an earlier call: what is kept belongs into RuleState.extra"
+SEED_AXES: Any = RuleState(0, 0, 0, 0, None, None)  # type: ignore[arg-type]
 DRAWN = (
     "step draws with {}, which gives the same numbers in every step and for every seed: "
     "use jax.random with state.key, in a class with model.random_key()"
@@ -26,8 +27,8 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
     Raises UserError, in one line, where it does not keep the contract.
     """
     try:
-        if rule.step is None and rule.prepare is None:
-            raise TypeError("it has neither step nor prepare")
+        if rule.step is None and rule.prepare is None and not rule.passes:
+            raise TypeError("it has neither step nor prepare nor passes")
         key = jax.eval_shape(lambda: jax.random.key(0))
         params, batch_stats = jax.eval_shape(context.initialise, key)
         for pair in sizes if len(sizes) > 1 else [*sizes] * 2:  # the second meets what the first has left behind
@@ -35,10 +36,12 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
             if not isinstance(state, RuleState):
                 raise TypeError(f"init returned {type(state).__name__}, it must return a RuleState")
             same_form("init", ("batch_stats", batch_stats, _alone(state.batch_stats)))
+            state = state._replace(step=_alone(state.step), epoch=_alone(state.epoch))
+            for number, one in enumerate(rule.passes, 1):
+                _check_pass(f"pass {number}", one, params, state, pair[0])
             if rule.step is None:
                 continue
-            state = state._replace(step=_alone(state.step), epoch=_alone(state.epoch))
-            together = jax.vmap(rule.step, (0, RuleState(0, 0, 0, 0, None, None), 0, 0))  # type: ignore[arg-type]
+            together = jax.vmap(rule.step, (0, SEED_AXES, 0, 0))
             batches = (_one_seed(_abstract_batch(size)) for size in pair)
             with watched_draws() as drawn:
                 program, result = jax.make_jaxpr(together, return_shape=True)(_one_seed(params), state, *batches)
@@ -48,8 +51,7 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
                 raise TypeError(LEAK)
             if not isinstance(result, tuple) or len(result) != 3:
                 raise TypeError("step must return (params, state, metrics)")
-            state = RuleState(*_alone(state[:4]), state.step, state.epoch)  # type: ignore[call-arg]
-            same_form("step", ("params", params, _alone(result[0])), ("state", state, _alone(result[1])))
+            same_form("step", ("params", params, _alone(result[0])), ("state", _state(state), _alone(result[1])))
             metrics = _alone(result[2])
             if not isinstance(metrics, dict) or "loss" not in metrics:
                 raise TypeError("step's metrics must be a dict with at least 'loss'")
@@ -63,6 +65,34 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
         raise UserError(f"method '{method.name}': {error}") from error
     except BaseException as error:  # a user's code may raise SystemExit
         raise UserError(f"method '{method.name}' does not keep the rule contract: {one_line(error)}") from error
+
+
+def _check_pass(name: str, one: Pass, params: Any, state: RuleState, size: int) -> None:
+    """The same for a pass; `state` is that of seeds together, `params` one seed's."""
+    if one.over not in SETS:
+        raise TypeError(f"{name} is over '{one.over}': write retain, forget or all")
+    for field in ("images", "batch_size"):
+        number = getattr(one, field)
+        if number is not None and not (isinstance(number, int) and number > 0):
+            raise TypeError(f"{name}: its {field} is {number}, it must be None or a whole number from 1 on")
+
+    def traced(function: Any, *arguments: Any) -> Any:
+        axes = (0, SEED_AXES, *[0] * len(arguments))
+        return jax.eval_shape(jax.vmap(function, axes), _one_seed(params), state, *arguments)
+
+    carry = traced(one.init)
+    after = traced(one.step, carry, _one_seed(_abstract_batch(one.batch_size or size)))
+    same_form(f"{name}: step", ("the carry", _alone(carry), _alone(after)))
+    result = traced(one.finish, carry)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{name}: finish must return (params, state)")
+    changes = ("params", params, _alone(result[0])), ("state", _state(state), _alone(result[1]))
+    same_form(f"{name}: finish", *changes)
+
+
+def _state(together: RuleState) -> RuleState:
+    """One seed's, of the state of seeds together."""
+    return RuleState(*_alone(together[:4]), together.step, together.epoch)  # type: ignore[call-arg]
 
 
 def _abstract_batch(size: int) -> Batch:

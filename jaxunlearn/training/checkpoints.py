@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +30,12 @@ FORMAT = 3  # raise by hand when what a checkpoint means changes: older entries 
 DISCARDED = ".discarded"
 
 Leaves = dict[str, np.ndarray]  # by place in the state, such as "params/conv1/kernel"
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Position(NamedTuple):
-    """How far training is: whole epochs, then steps of the epoch after them."""
+    """How far training is: whole epochs, then steps of the epoch after them. Passes before the first epoch have
+    numbers below 0, the last of them -1."""
 
     epoch: int
     step: int
@@ -55,6 +57,7 @@ class Saved(NamedTuple):
     seconds: float  # that training up to here took
     diverged: int | None  # the first step whose loss, or after which a weight, was not finite
     sums: Sums  # of the metrics; None where they are not known or not finite
+    prepared: float = 0.0  # of the seconds, those before the first epoch
 
 
 class Entry(NamedTuple):
@@ -66,7 +69,7 @@ class Entry(NamedTuple):
     @property
     def positions(self) -> set[Position]:
         """Of all its checkpoints."""
-        names = (re.fullmatch(r"epoch(\d{4,})(?:-step(\d{6,}))?", path.name) for path in self.folder.glob("epoch*"))
+        names = (re.fullmatch(r"epoch(-?\d{3,})(?:-step(\d{6,}))?", path.name) for path in self.folder.glob("epoch*"))
         return {Position(int(name[1]), int(name[2] or 0)) for name in names if name}
 
     def path(self, position: Position) -> Path:
@@ -137,8 +140,8 @@ def locked(entries: Sequence[Entry]) -> Iterator[None]:
         yield
 
 
-def load_together(entries: Sequence[Entry], abstract: dict[str, jax.ShapeDtypeStruct]) -> list[Saved | None]:
-    """What each entry goes on from. `abstract` has the shapes and dtypes of one state's leaves.
+def load_together(entries: Sequence[Entry], abstract: Callable[[Position], Shapes]) -> list[Saved | None]:
+    """What each entry goes on from. `abstract` gives the shapes and dtypes of one state's leaves.
 
     Seeds that are trained together must go on together, or they would not end as if undisturbed: where a process died
     while it saved some of them, those go back to the newest checkpoint that all have, or to the start where the first
@@ -151,7 +154,7 @@ def load_together(entries: Sequence[Entry], abstract: dict[str, jax.ShapeDtypeSt
     while True:
         chosen = _choose(entries)
         loaded = [
-            None if position is None else load(entry, position, abstract)
+            None if position is None else load(entry, position, abstract(position))
             for entry, position in zip(entries, chosen, strict=True)
         ]
         if [saved and saved.position for saved in loaded] == chosen:
@@ -199,7 +202,7 @@ def _saved_with(entry: Entry, position: Position | None) -> tuple[list[str], boo
         return [], False
 
 
-def load(entry: Entry, position: Position, abstract: dict[str, jax.ShapeDtypeStruct]) -> Saved | None:
+def load(entry: Entry, position: Position, abstract: Shapes) -> Saved | None:
     """A checkpoint; None, once it is set aside with a warning, where it is not what was written or of another model."""
     path = entry.path(position)
     try:
@@ -211,7 +214,8 @@ def load(entry: Entry, position: Position, abstract: dict[str, jax.ShapeDtypeStr
         about = metadata.custom_metadata or {}
         leaves = _orbax().restore(path)
         leaves |= {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if not x.size}
-        saved = Saved(leaves, position, about.get("seconds", 0.0), about.get("diverged"), about.get("sums", {}))
+        known = about.get("seconds", 0.0), about.get("diverged"), about.get("sums", {}), about.get("prepared", 0.0)
+        saved = Saved(leaves, position, *known)
         if about.get("digest") != _digest(entry, saved):
             raise ValueError("it is not what was written")
         if about.get("precision") == "fp32" and about.get("device", "cpu") != "cpu" and "arithmetic" not in about:
@@ -235,7 +239,7 @@ def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
     try:
         for entry, one in zip(entries, saved, strict=True):
             written: dict[str, Any] = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
-            written |= {"sums": one.sums}
+            written |= {"sums": one.sums, "prepared": one.prepared}
             written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
             written |= {"arithmetic": entry.about["precision"]}  # before, GPUs' fp32 was TF32
             leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
@@ -284,7 +288,7 @@ def _clean(entry: Entry) -> None:
 def _digest(entry: Entry, saved: Saved) -> str:
     """SHA-256 of all that a checkpoint means."""
     about = [entry.about, saved.position, saved.seconds, saved.diverged]
-    about += [saved.sums] if saved.sums else []  # older checkpoints have none
+    about += [known for known in (saved.sums, saved.prepared) if known]  # older checkpoints have none
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, leaf in sorted(saved.leaves.items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())

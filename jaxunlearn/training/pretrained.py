@@ -28,6 +28,7 @@ class Models(NamedTuple):
     untrained: list[bool]  # whether it learned nothing and its training was stopped
     attempts: list[int]  # at training it; 0 where it was given
     curves: list[Curves]  # of its training; empty where no metric is known, as of a model that was given
+    prepared: list[float]  # of the seconds, those before the first epoch
 
 
 def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
@@ -42,6 +43,7 @@ def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
         models.untrained * times,
         models.attempts * times,
         [{}] * count,
+        [0.0] * count,
     )
 
 
@@ -71,4 +73,5 @@ def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh
         [False] * num_seeds,
         [0] * num_seeds,
         [{}] * num_seeds,
+        [0.0] * num_seeds,
     )

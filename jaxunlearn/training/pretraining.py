@@ -18,6 +18,7 @@ from jaxunlearn.methods.rule import accuracy, cross_entropy
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
 from jaxunlearn.randomness import Stream, step_keys, stream_key
+from jaxunlearn.training.checkpoints import Position
 from jaxunlearn.training.loop import Compiled, EpochLoop, Keeper, Timing, batch_sizes, chunks
 
 
@@ -60,7 +61,7 @@ class Pretraining:
     ):
         sizes = batch_sizes(len(indices), protocol.batch_size, protocol.drop_last, "training")
         optimizer = make_optimizer(protocol, len(sizes))
-        self.mesh, self.epochs = mesh, protocol.pretrain_epochs
+        self.mesh, self.passes, self.epochs = mesh, 0, protocol.pretrain_epochs
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(sizes)
         self._plan = chunks([(size,) for size in sizes])
         self._data, self.timing = place_shared(data, mesh), timing
@@ -85,8 +86,8 @@ class Pretraining:
         with self.timing("compile_s"):  # small programs: what they take is their compilation
             return jax.block_until_ready(self._start(place_seeds(keys, self.mesh), None))
 
-    def abstract(self) -> TrainState:
-        """Shapes and dtypes of one seed's state."""
+    def abstract(self, position: Position) -> TrainState:
+        """Shapes and dtypes of one seed's state, the same everywhere."""
         return jax.eval_shape(self._start_one, jax.eval_shape(jax.random.key, 0), None)
 
     def epoch(

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jaxunlearn.devices.processes import anywhere, from_leader, leads
 from jaxunlearn.progress import Report, Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.training.checkpoints import Entry, Leaves, Position, Saved, load_together, sums_at
+from jaxunlearn.training.checkpoints import Entry, Leaves, Position, Saved, Shapes, load_together, sums_at
 from jaxunlearn.training.judging import Judge
 from jaxunlearn.training.loop import Keeper, Timing
 from jaxunlearn.training.pretrained import Curves
@@ -22,21 +23,23 @@ from jaxunlearn.training.stopping import deferred
 
 
 class Training(Protocol):
-    """The training of a group of seeds, epoch by epoch; its state has fields `params` and `batch_stats`."""
+    """The training of a group of seeds, epoch by epoch; its state has fields `params` and `batch_stats`. What it passes
+    over before its first epoch are the epochs below 0."""
 
     mesh: jax.sharding.Mesh
     timing: Timing
+    passes: int
     epochs: int
     steps_per_epoch: int
     images_per_epoch: int
 
-    def abstract(self) -> Any:
-        """Shapes and dtypes of one seed's state."""
+    def abstract(self, position: Position) -> Any:
+        """Shapes and dtypes of one seed's state at a position."""
 
     def epoch(
         self, state: Any, keys: jax.Array, epoch: int, report: Report, first: int, keeper: Keeper
     ) -> tuple[Any, dict[str, np.ndarray]]:
-        """One epoch of all seeds from step `first` on. Returns (state, metrics f32[S, steps from there])."""
+        """One epoch of all seeds from step `first` on. Returns (state, metrics f32[S, steps from there], or none)."""
 
 
 class Start(NamedTuple):
@@ -63,6 +66,7 @@ class Trained(NamedTuple):
     untrained: list[bool]  # whether it had learned nothing when that was looked at, which ended its training
     attempts: list[int]  # how many there were
     curves: list[Curves]  # empty where no metric is known
+    prepared: list[float]  # of the seconds, those before the first epoch
 
 
 def train(
@@ -85,8 +89,11 @@ def train(
     Raises KeyboardInterrupt once it is asked to stop and has saved.
     """
     whole = start(list(range(len(seeds))))
-    abstract, judge = whole.training.abstract(), redraw.judge if redraw else None
-    shapes = leaves_of(jax.eval_shape(key_data, abstract))
+    abstract, judge = cache(whole.training.abstract), redraw.judge if redraw else None
+
+    def shapes(position: Position) -> Shapes:
+        return leaves_of(jax.eval_shape(key_data, abstract(position)))
+
     attempts = _attempts(redraw, len(seeds))
     entries = [redraw.entry(i, attempts[i]) if redraw else entry for i, entry in enumerate(entries)]
     saved = _load(entries, shapes)
@@ -95,9 +102,10 @@ def train(
         training, first_state = whole if len(group) == len(seeds) else start(group)
         with jax.set_mesh(training.mesh):
             before = [one for one in (saved[i] for i in group) if one]
-            state = on_device([one.leaves for one in before], abstract, training.mesh) if before else None
-            own = [entries[i] for i in group]
-            keeper = Saving(own, before, training.steps_per_epoch, training.timing, save_every)
+            own, passes = [entries[i] for i in group], training.passes
+            keeper = Saving(own, before, passes, training.steps_per_epoch, training.timing, save_every)
+            leaves = [one.leaves for one in before]
+            state = on_device(leaves, abstract(keeper.position), training.mesh) if before else None
             own_seeds, draws = zip(*(seeds[i] for i in group), strict=True)
             keys = seed_keys(own_seeds, [attempts[i] for i in group], draws)
             results = _advance(training, state, first_state, keys, keeper, reporter, title, until, judge)
@@ -114,18 +122,19 @@ def train(
                     warnings.warn(f"{learned}: drawn again, attempt {attempts[i] + 1} of {redraw.most}", stacklevel=2)
                 entries[i] = redraw.entry(i, attempts[i])
                 saved[i] = _load([entries[i]], shapes)[0]
-        until, groups = _next(saved, attempts, judge, whole.training.epochs)
+        until, groups = _next(saved, attempts, judge, whole.training)
         for group in groups:
             advance(group, until)
         advanced = bool(groups)
     done = [one for one in saved if one]
     return Trained(
-        on_device([one.leaves for one in done], abstract, mesh),
+        on_device([one.leaves for one in done], abstract(Position(whole.training.epochs, 0)), mesh),
         [one.seconds for one in done],
         [one.diverged for one in done],
         [judge is not None and judge.untrained(one) for one in done],
         [attempt + 1 for attempt in attempts],
         [_curves(one, whole.training.steps_per_epoch) for one in done],
+        [one.prepared for one in done],
     )
 
 
@@ -135,10 +144,11 @@ def _curves(saved: Saved, steps: int) -> Curves:
 
 
 def _next(
-    saved: Sequence[Saved | None], attempts: Sequence[int], judge: Judge | None, epochs: int
+    saved: Sequence[Saved | None], attempts: Sequence[int], judge: Judge | None, training: Training
 ) -> tuple[int, list[list[int]]]:
     """Until which epoch which seeds are trained next, those together that have come equally far."""
-    positions = [one.position if one else Position(-1, 0) for one in saved]  # to begin also where there is no epoch
+    nowhere = Position(-1 - training.passes, 0)  # to begin also where there is no epoch
+    positions = [one.position if one else nowhere for one in saved]
     diverged = [one is not None and one.diverged is not None for one in saved]
     to_go = [i for i in range(len(saved)) if not (judge and judge.untrained(saved[i]))]
     # Those that were drawn again, or fell behind, first come as far as the others, to go on together with them.
@@ -146,7 +156,7 @@ def _next(
     late = [
         i for i in to_go if judge and (attempts[i] or waiting) and positions[i].epoch < judge.epoch and not diverged[i]
     ]
-    until = judge.epoch if judge and late else epochs
+    until = judge.epoch if judge and late else training.epochs
     groups: dict[Position, list[int]] = {}
     for i in late or to_go:
         groups.setdefault(positions[i], []).append(i)
@@ -169,17 +179,18 @@ def _advance(
     """A group's states after epoch `until`, or after the judge's where one has learned nothing."""
     steps, (epoch, first) = training.steps_per_epoch, keeper.position
     images = training.images_per_epoch * len(keys)
-    bar = reporter.task(title, training.epochs, steps, images, epoch * steps + first)
+    bar = reporter.task(title, training.epochs, steps, images, max(0, epoch * steps + first))
     with bar as report, deferred() as stopping, closing(keeper):
         keeper.stopping = stopping
         state = first_state(keys) if state is None else state
+        keeper.enter(keeper.position)
         while epoch < until and None in keeper.diverged:
-            keeper.enter(Position(epoch, first))
             state, metrics = training.epoch(state, keys, epoch, report(epoch), first, keeper)
             keeper.note(metrics)
             epoch, first = epoch + 1, 0
             keeper.enter(Position(epoch, 0))
-            keeper.note_weights(state, epoch * steps - 1)
+            if epoch > 0:
+                keeper.note_weights(state, epoch * steps - 1)
             if judge and epoch == judge.epoch and any(map(judge.shows, keeper.sums)):
                 break
             if keeper.due():
@@ -203,21 +214,21 @@ def _attempts(redraw: Redraw | None, count: int) -> list[int]:
     return json.loads(from_leader(json.dumps(attempts).encode()))  # type: ignore[no-any-return]
 
 
-def _load(entries: Sequence[Entry], shapes: dict[str, jax.ShapeDtypeStruct]) -> list[Saved | None]:
+def _load(entries: Sequence[Entry], shapes: Callable[[Position], Shapes]) -> list[Saved | None]:
     """What the cache of the leading process has of each entry, in every process."""
     if jax.process_count() == 1:
         return load_together(entries, shapes)
     own = load_together(entries, shapes) if leads() else [None] * len(entries)
     abouts = from_leader(
-        json.dumps([one and (one.position, one.seconds, one.diverged, one.sums) for one in own]).encode()
+        json.dumps([one and one[1:] for one in own]).encode()  # all but the leaves
     )
     return [
-        Saved(_leaves_from_leader(one, shapes), Position(*about[0]), *about[1:]) if about else None
+        Saved(_leaves_from_leader(one, shapes(at := Position(*about[0]))), at, *about[1:]) if about else None
         for one, about in zip(own, json.loads(abouts), strict=True)
     ]
 
 
-def _leaves_from_leader(saved: Saved | None, shapes: dict[str, jax.ShapeDtypeStruct]) -> Leaves:
+def _leaves_from_leader(saved: Saved | None, shapes: Shapes) -> Leaves:
     content = from_leader(b"".join(saved.leaves[name].tobytes() for name in shapes) if saved else b"")
     leaves, place = {}, 0
     for name, x in shapes.items():

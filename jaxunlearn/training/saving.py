@@ -24,15 +24,24 @@ from jaxunlearn.training.states import leaves_of, to_host
 
 
 class Saving:
-    """Saves a group of seeds while it trains, in epochs of so many `steps`."""
+    """Saves a group of seeds while it trains, after so many `passes` in epochs of so many `steps`."""
 
-    def __init__(self, entries: Sequence[Entry], before: Sequence[Saved], steps: int, timing: Timing, every: float):
-        self.position = before[0].position if before else Position(0, 0)  # where the running epoch was entered
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        before: Sequence[Saved],
+        passes: int,
+        steps: int,
+        timing: Timing,
+        every: float,
+    ):
+        self.position = before[0].position if before else Position(-passes, 0)  # where the running epoch was entered
         self.diverged = [one.diverged for one in before] or [None] * len(entries)
         self.sums: list[Sums] = [one.sums for one in before] or [{}] * len(entries)
         self.stopping: Callable[[], bool] = lambda: False
         self._entries, self._steps, self._timing, self._every = entries, steps, timing, every
         self._seconds = [one.seconds for one in before] or [0.0] * len(entries)
+        self._prepared = [one.prepared for one in before] or [0.0] * len(entries)
         self._entered = self.sums
         self._start = self._last = time.perf_counter()
         self._not_training = self._overhead()
@@ -44,6 +53,8 @@ class Saving:
     def enter(self, position: Position) -> None:
         """Begins an epoch, or goes on within it."""
         self.position, self._entered = position, self.sums
+        if position == (0, 0):
+            self._prepared = self._spent()
 
     def due(self) -> bool:
         """Whether it is time to save: never before what was saved last is written."""
@@ -66,16 +77,20 @@ class Saving:
                 raise KeyboardInterrupt
 
     def _save(self, state: Any, position: Position) -> None:
-        elapsed = time.perf_counter() - self._start - (self._overhead() - self._not_training)
-        states = to_host(state, len(self._entries))
+        spent, states = self._spent(), to_host(state, len(self._entries))
         self._saved = [
-            Saved(leaves_of(one), position, seconds + elapsed / len(states), diverged, sums)
-            for one, seconds, diverged, sums in zip(states, self._seconds, self.diverged, self.sums, strict=True)
+            Saved(leaves_of(one), position, spent[i], self.diverged[i], self.sums[i], self._prepared[i])
+            for i, one in enumerate(states)
         ]
         self._wait()
         if leads():
             self._writing = self._thread.submit(save_together, self._entries, self._saved)
         self._last, self._submitted = time.perf_counter(), position
+
+    def _spent(self) -> list[float]:
+        """Seconds of training up to now, by seed."""
+        elapsed = time.perf_counter() - self._start - (self._overhead() - self._not_training)
+        return [seconds + elapsed / len(self._entries) for seconds in self._seconds]
 
     def note(self, metrics: dict[str, np.ndarray]) -> None:
         """Adds up the metrics since the running epoch was entered, and looks for the first loss that is not finite."""

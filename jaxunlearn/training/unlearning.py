@@ -13,13 +13,15 @@ from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
 from jaxunlearn.devices.sharding import over_seeds, place_seeds, place_shared, seed_shapes, shard_batch
 from jaxunlearn.errors import blamed
-from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule
+from jaxunlearn.methods.rule import Context, UnlearningRule
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
 from jaxunlearn.randomness import Stream, step_keys, stream_key
 from jaxunlearn.registry import Method, build_rule, names
 from jaxunlearn.training.checking import check_rule, same_form
+from jaxunlearn.training.checkpoints import Position
 from jaxunlearn.training.loop import Chunk, Compiled, EpochLoop, Keeper, Timing, batch_sizes, chunks
+from jaxunlearn.training.passes import Carry, Passing, carried
 
 
 class Split(NamedTuple):
@@ -27,15 +29,6 @@ class Split(NamedTuple):
 
     retain: Any
     forget: Any
-
-
-class Carry(NamedTuple):
-    """What an unlearning step changes, for one seed."""
-
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    extra: Any
 
 
 class CleanSet(NamedTuple):
@@ -124,6 +117,11 @@ class Unlearning:
         self._draw = Compiled(over_seeds(draw, mesh), timing)
         step = _unlearn_step(self._rule, protocol, len(sizes), forget_batches)
         self._loop = EpochLoop(step, mesh, timing)
+        sets = split._asdict() | {"all": np.sort(np.concatenate(split))}
+        self._passes = [
+            Passing(one, number, sets[one.over], protocol, mesh, timing) for number, one in enumerate(self._rule.passes)
+        ]
+        self.passes = len(self._passes)
 
     def start(self, params: Any, batch_stats: Any, keys: jax.Array) -> Carry:
         """The state before the first step. The models given, the seed axis in front, are left as they are."""
@@ -138,10 +136,13 @@ class Unlearning:
         prepared = [self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i]) for i in range(len(keys))]
         return place_seeds(jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared), self.mesh)
 
-    def abstract(self) -> Carry:
-        """Shapes and dtypes of one seed's state."""
+    def abstract(self, position: Position) -> Carry:
+        """Shapes and dtypes of one seed's state at a position: within a pass there is more."""
         key = jax.eval_shape(jax.random.key, 0)
-        return jax.eval_shape(self._init, (*jax.eval_shape(self._initialise, key), key), None)
+        carry = jax.eval_shape(self._init, (*jax.eval_shape(self._initialise, key), key), None)
+        if position.epoch >= 0 or position.step == 0:
+            return carry
+        return jax.eval_shape(self._passes[position.epoch].begin, carry, key)
 
     def _init(self, own: tuple[Any, Any, jax.Array], shared: None) -> Carry:
         params, batch_stats, key = own
@@ -152,20 +153,23 @@ class Unlearning:
     def _prepare(self, carry: Carry, key: jax.Array) -> Carry:
         assert self._rule.prepare is not None
         zero, key = place_shared((jnp.zeros((), jnp.int32), stream_key(key, Stream.RULE)), self.mesh)
-        before = state = RuleState(*carry[1:3], key, carry.extra, zero, zero)
+        before = state = carry.state(key, zero, zero)
         sets = (CleanSet(self._data, indices, self._protocol) for indices in self._split)
         with blamed(f"method '{self._name}': its prepare() failed"):
             params, state = self._rule.prepare(carry.params, state, *sets)
             same_form("prepare", ("params", carry.params, params), ("state", before, state))
-        return Carry(params, state.batch_stats, state.opt_state, state.extra)
+        return carried(params, state)
 
     def compile(self, num_seeds: int) -> None:
-        """Compiles what the epochs of so many seeds run: see `Compiled.compile`. Not while it is used otherwise."""
-        if self.epochs == 0:
-            return
+        """Compiles what passes and epochs of so many seeds run: see `Compiled.compile`. Not while it is used
+        otherwise."""
         keys = seed_shapes(jax.eval_shape(jax.random.key, 0), num_seeds, self.mesh)
-        drawn = self._draw.compile(keys, (self._split, place_shared(np.int32(0), self.mesh)))
-        self._loop.compile(seed_shapes(self.abstract(), num_seeds, self.mesh), drawn, self._data, self._plan)
+        carry = seed_shapes(self.abstract(Position(0, 0)), num_seeds, self.mesh)
+        for one in self._passes:
+            one.compile(carry, keys, self._data)
+        if self.epochs:
+            drawn = self._draw.compile(keys, (self._split, place_shared(np.int32(0), self.mesh)))
+            self._loop.compile(carry, drawn, self._data, self._plan)
 
     def epoch(
         self,
@@ -176,11 +180,13 @@ class Unlearning:
         first: int = 0,
         keeper: Keeper | None = None,
     ) -> tuple[Carry, dict[str, np.ndarray]]:
-        """One epoch of all seeds from step `first` on; `carry` is donated.
+        """One epoch of all seeds from step `first` on; `carry` is donated. The passes are the epochs before 0.
 
-        Returns (carry, the rule's metrics f32[S, steps from `first` on]).
+        Returns (carry, the rule's metrics f32[S, steps from `first` on], none of a pass).
         """
         keys = place_seeds(keys, self.mesh)
+        if epoch < 0:
+            return self._passes[epoch].run(carry, keys, self._data, report, first, keeper), {}
         drawn = self._draw(keys, (self._split, place_shared(np.int32(epoch), self.mesh)))
         return self._loop.run(carry, drawn, self._data, epoch, self._plan, report, first, keeper)
 
@@ -208,9 +214,9 @@ def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_b
             )
             for chosen, key in ((retain_chosen, retain_key), (forget_chosen, forget_key))
         )
-        state = RuleState(carry.batch_stats, carry.opt_state, rule_key, carry.extra, epoch * steps + index, epoch)
+        state = carry.state(rule_key, epoch * steps + index, epoch)
         assert rule.step is not None  # or there is no epoch
         params, state, metrics = rule.step(carry.params, state, retain, forget)
-        return Carry(params, state.batch_stats, state.opt_state, state.extra), metrics
+        return carried(params, state), metrics
 
     return step
