@@ -42,10 +42,8 @@ def rule(
 ) -> UnlearningRule:
     def distance(log_target, logits):
         pair = jax.nn.log_softmax(logits / temperature), log_target
-        return (
-            temperature**2
-            * optax.losses.kl_divergence_with_log_targets(*(pair if teacher_first else pair[::-1])).mean()
-        )
+        answers, targets = pair if teacher_first else pair[::-1]
+        return temperature**2 * optax.losses.kl_divergence_with_log_targets(answers, targets).mean()
 
     def init(params, batch_stats, key):
         importance = jax.tree.map(jnp.zeros_like, params)

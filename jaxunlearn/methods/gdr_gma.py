@@ -13,9 +13,10 @@ Reads: retain, forget.
 
 import jax
 import jax.numpy as jnp
+from optax.tree_utils import tree_scale
 
 from jaxunlearn.ingredients.gradients import without_conflict
-from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, differentiate, init_state, update
+from jaxunlearn.methods.rule import UnlearningRule, differentiate, init_state, supervised, update
 
 
 def rule(context, *, sharpness: float = 100.0, good_loss: float = 0.02) -> UnlearningRule:
@@ -27,14 +28,9 @@ def rule(context, *, sharpness: float = 100.0, good_loss: float = 0.02) -> Unlea
         return init_state(context, params, batch_stats, key, extra=bank)
 
     def step(params, state, retain, forget):
-        def on_retain(student):
-            logits = student(retain.images)
-            return cross_entropy(logits, retain.labels), {"accuracy": accuracy(logits, retain.labels)}
-
-        down, state, metrics = differentiate(context, params, state, on_retain)
-        up, state, _ = differentiate(
-            context, params, state, lambda student: -cross_entropy(student(forget.images), forget.labels)
-        )
+        down, state, metrics = differentiate(context, params, state, supervised(retain))
+        slope, state, _ = differentiate(context, params, state, supervised(forget))
+        up = tree_scale(-1, slope)
         bank = state.extra.at[state.step % context.steps_per_epoch].set(up[head]["bias"])
         down, up = jax.tree.map(without_conflict, down, up), jax.tree.map(without_conflict, up, down)
         bias = up[head]["bias"]

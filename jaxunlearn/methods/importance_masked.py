@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxunlearn.ingredients.gradients import clip, norm
-from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, differentiate, init_state, update
+from jaxunlearn.methods.rule import UnlearningRule, differentiate, init_state, supervised, update
 
 
 def rule(
@@ -31,20 +31,14 @@ def rule(
         return init_state(context, params, batch_stats, key, extra=jnp.zeros(()))
 
     def step(params, state, retain, forget):
-        def on_retain(student):
-            logits = student(retain.images)
-            return cross_entropy(logits, retain.labels), {"accuracy": accuracy(logits, retain.labels)}
-
         def certainty(student):
             log_p = jax.nn.log_softmax(student(forget.images))
             return (jnp.exp(log_p) * log_p).sum(-1).mean()
 
-        down, state, metrics = differentiate(context, params, state, on_retain)
+        down, state, metrics = differentiate(context, params, state, supervised(retain))
         # Both from one state, so both from one forward: XLA computes what is the same only once.
         spread, _, _ = differentiate(context, params, state, certainty)
-        up, state, _ = differentiate(
-            context, params, state, lambda student: cross_entropy(student(forget.images), forget.labels)
-        )
+        up, state, _ = differentiate(context, params, state, supervised(forget))
         mean = jnp.where(state.step == 0, metrics["loss"], memory * state.extra + (1 - memory) * metrics["loss"])
         weight = jnp.where(mean > limits[1], ascent[2], jnp.where(mean > limits[0], ascent[1], ascent[0]))
         norms = jax.tree.map(norm, down)

@@ -17,7 +17,7 @@ from optax.tree_utils import tree_add_scale, tree_scale, tree_vdot
 
 from jaxunlearn.ingredients.gradients import clip, norm
 from jaxunlearn.ingredients.labels import random_labels
-from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, differentiate, init_state, update
+from jaxunlearn.methods.rule import UnlearningRule, cross_entropy, differentiate, init_state, supervised, update
 
 
 def bargain(retain, forget, fallback):
@@ -33,15 +33,11 @@ def bargain(retain, forget, fallback):
 
 def rule(context, *, fallback: tuple = (1.0, 0.1), max_norm: float = 1.0) -> UnlearningRule:
     def step(params, state, retain, forget):
-        def on_retain(student):
-            logits = student(retain.images)
-            return cross_entropy(logits, retain.labels), {"accuracy": accuracy(logits, retain.labels)}
-
         def on_forget(student):
             labels = random_labels(student.random_key(), forget.labels, context.num_classes)
             return cross_entropy(student(forget.images), labels)
 
-        down, state, metrics = differentiate(context, params, state, on_retain)
+        down, state, metrics = differentiate(context, params, state, supervised(retain))
         away, state, _ = differentiate(context, params, state, on_forget)
         weights = bargain(down, away, fallback)
         gradients = tree_add_scale(tree_scale(weights[0], down), weights[1], away)

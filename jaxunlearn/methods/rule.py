@@ -217,3 +217,13 @@ def update(context: Context, params: PyTree, state: RuleState, gradients: PyTree
     """One step of the fixed optimizer with given gradients: (params, state)."""
     updates, opt_state = context.optimizer.update(gradients, state.opt_state, params)
     return optax.apply_updates(params, updates), state._replace(opt_state=opt_state)
+
+
+def supervised(batch: Any) -> Callable[[Student], Loss]:
+    """A batch's own labels as a loss for `descend` or `differentiate`: mean cross-entropy, and "accuracy"."""
+
+    def loss(student: Student) -> Loss:
+        logits = student(batch.images)
+        return cross_entropy(logits, batch.labels), {"accuracy": accuracy(logits, batch.labels)}
+
+    return loss
