@@ -16,36 +16,33 @@ from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, des
 
 
 def rule(context, *, images: int = 32, rate: float = 0.1, steps: int = 25, impair: float = 0.5) -> UnlearningRule:
-    labels = jnp.full(images, context.forget_class, jnp.int32)
+    labels, adam = jnp.full(images, context.forget_class, jnp.int32), optax.adam(rate)
 
     def init(params, batch_stats, key):
         noise = jax.random.normal(key, (images, 32, 32, 3))
         return init_state(context, params, batch_stats, key, extra=noise)
 
+    @jax.jit
+    def learned(noise, params, batch_stats):
+        def loss(noise):
+            logits = context.apply_eval(params, batch_stats, noise)
+            return 0.1 * (noise**2).sum((1, 2, 3)).mean() - cross_entropy(logits, labels)
+
+        def learn(_, carry):
+            updates, moments = adam.update(jax.grad(loss)(carry[0]), carry[1])
+            return optax.apply_updates(carry[0], updates), moments
+
+        return jax.lax.fori_loop(0, steps, learn, (noise, adam.init(noise)))[0]
+
     def prepare(params, state, retain_set, forget_set):
-        adam = optax.adam(rate)
-
-        @jax.jit
-        def learned(noise, params):
-            def loss(noise):
-                logits = context.apply_eval(params, state.batch_stats, noise)
-                return 0.1 * (noise**2).sum((1, 2, 3)).mean() - cross_entropy(logits, labels)
-
-            def learn(_, carry):
-                updates, moments = adam.update(jax.grad(loss)(carry[0]), carry[1])
-                return optax.apply_updates(carry[0], updates), moments
-
-            return jax.lax.fori_loop(0, steps, learn, (noise, adam.init(noise)))[0]
-
-        return params, state._replace(extra=learned(state.extra, params))
+        return params, state._replace(extra=learned(state.extra, params, state.batch_stats))
 
     def step(params, state, retain, forget):
         def learn(images, labels):
             def loss(student):
                 logits = student(images)
-                return cross_entropy(logits, labels), {
-                    "accuracy": accuracy(logits[: len(retain.labels)], retain.labels)
-                }
+                kept = accuracy(logits[: len(retain.labels)], retain.labels)
+                return cross_entropy(logits, labels), {"accuracy": kept}
 
             return lambda: descend(context, params, state, loss)
 
