@@ -158,7 +158,7 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
     path = entry(tmp_path).path(one.position)
     shutil.copytree(path, tmp_path / "whole")
     refused = 0
-    for file in [file for file in files(path) for _ in range(4)]:
+    for file in [file for file in files(path) for _ in range(5)]:
         content = bytearray(file.read_bytes())
         if not content:
             continue

@@ -28,7 +28,7 @@ from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import Method
-from jaxunlearn.training import resuming
+from jaxunlearn.training import loop, resuming
 from jaxunlearn.training.checkpoints import Position, unlearn_entry
 from jaxunlearn.training.resuming import Start, train
 from jaxunlearn.training.saving import Saving
@@ -36,7 +36,7 @@ from jaxunlearn.training.saving import Saving
 pytestmark = pytest.mark.usefixtures("tiny_models")
 SEEDS = (1, 2)
 SMALL = dataclasses.replace(PROTOCOL, model=PLAIN, batch_size=8)
-BATCHES = {"retain": [8, 8, 8, 8, 6], "forget": [8, 8, 3], "all": [8] * 7 + [1]}
+BATCHES = {"forget": [8, 8, 3], "all": [8] * 7 + [1]}
 
 
 def watching(over, **options):
@@ -61,27 +61,34 @@ def watching(over, **options):
     return Pass(over, init, step, finish, **options)
 
 
-def rule_of(*passes):
-    """Only passes; each leaves in `extra` what it has written down."""
+def rule_of(*passes, step=None):
+    """Passes, each of which leaves in `extra` what it has written down."""
 
     def factory(context):
         carry = passes[0].init(None, None)
         extra = {one.over: carry for one in passes} | {f"{one.over} batches": jnp.int32(0) for one in passes}
-        return UnlearningRule(partial(init_state, context, extra=extra), None, passes=passes)
+        return UnlearningRule(partial(init_state, context, extra=extra), step, passes=passes)
 
     return Method("mine", factory, {}, {})
 
 
-def passed(method, mesh=None, seeds=SEEDS, protocol=SMALL):
+def passed(method, mesh=None, seeds=SEEDS):
     """The state of these seeds after all passes, on the host."""
     mesh = mesh or mesh_of()
     with jax.set_mesh(mesh):
-        run, keys = make_unlearning(method, protocol, mesh), seed_keys(seeds)
-        carry = run.start(*make_models(protocol, seeds, mesh), keys)
-        for number in range(-run.passes, 0):
-            carry, metrics = run.epoch(carry, keys, number)
-            assert metrics == {}
-        return jax.device_get(carry)
+        run = make_unlearning(method, SMALL, mesh)
+        run.compile(len(seeds))
+        return after_epochs(run, seeds)
+
+
+def after_epochs(run, seeds):
+    """The state after the last epoch, of which passes are the first, on the host."""
+    keys = seed_keys(seeds)
+    carry = run.start(*make_models(SMALL, seeds, run.mesh), keys)
+    for number in range(-run.passes, run.epochs):
+        carry, metrics = run.epoch(carry, keys, number)
+        assert (metrics == {}) == (number < 0)
+    return jax.device_get(carry)
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +115,13 @@ def test_a_pass_sees_every_clean_image_of_its_set_once_in_file_order(watched):
 
 def test_passes_follow_each_other_and_change_the_model(watched):
     params, _ = make_models(SMALL, SEEDS, mesh_of())
-    assert_close(watched.params, jax.tree.map(lambda p: np.asarray(p) + 3, params), 1e-6)
+    assert_close(watched.params, jax.tree.map(lambda p: np.asarray(p) + 2, params), 1e-6)
     assert watched.passing == ()
 
 
-@pytest.mark.parametrize("split", [(2, 1), (1, 2)])
-def test_devices_agree(watched, split):
-    assert_close(passed(rule_of(*map(watching, BATCHES)), mesh_of(*split)), watched, 1e-5)
+def test_several_devices_and_a_scan_agree(watched, monkeypatch):
+    monkeypatch.setattr(loop, "scans", lambda: True)
+    assert_close(passed(rule_of(*map(watching, BATCHES)), mesh_of(2, 2)), watched, 1e-5)
 
 
 def test_a_part_of_the_images_is_drawn_for_each_seed_and_may_be_seen_one_by_one():
@@ -126,7 +133,7 @@ def test_a_part_of_the_images_is_drawn_for_each_seed_and_may_be_seen_one_by_one(
         assert (seen[own, 1] == 0).all()
     assert set(chosen[0]) != set(chosen[1])
     np.testing.assert_array_equal(after.extra["forget batches"], [3, 3])  # there are no more than 19
-    alone = passed(rule_of(watching("retain", images=5, batch_size=1), watching("forget", images=100)), seeds=SEEDS[1:])
+    alone = passed(rule_of(watching("retain", images=5, batch_size=1)), seeds=SEEDS[1:])
     np.testing.assert_array_equal(alone.extra["retain"]["seen"][0], after.extra["retain"]["seen"][1])
 
 
@@ -217,7 +224,12 @@ def stopping_after(monkeypatch, batches):
 
 
 def test_a_run_that_stops_within_a_pass_goes_on_from_there_and_ends_the_same(tmp_path, monkeypatch):
-    method = rule_of(watching("retain"), watching("forget"))
+    def step(params, state, retain, forget):
+        sums = state.extra["retain"]["sums"] + retain.images.mean()
+        extra = {**state.extra, "retain": {**state.extra["retain"], "sums": sums}}
+        return params, state._replace(extra=extra), {"loss": sums.mean()}
+
+    method = rule_of(watching("retain"), watching("forget"), step=step)
     entries = [unlearn_entry(tmp_path, SMALL, "digest", seed, method) for seed in SEEDS]
     with jax.set_mesh(mesh_of()):
         run, models = make_unlearning(method, SMALL, mesh_of()), make_models(SMALL, SEEDS, mesh_of())
@@ -228,7 +240,7 @@ def test_a_run_that_stops_within_a_pass_goes_on_from_there_and_ends_the_same(tmp
             return train(lambda group: start, entries, seeds, mesh_of(), Reporter(quiet=True), "mine", 1000.0)
 
         total = 0
-        for batches in (3, 1, 2, None):  # in the first pass, again, in the second, to the end
+        for batches in (3, 1, 2, 4, None):  # in the first pass, again, in the second, in the first epoch, to the end
             done = stopping_after(monkeypatch, batches)
             with contextlib.nullcontext() if batches is None else pytest.raises(KeyboardInterrupt):
                 result = trained()
@@ -236,8 +248,9 @@ def test_a_run_that_stops_within_a_pass_goes_on_from_there_and_ends_the_same(tmp
             total += len(done)
             if batches == 3:
                 assert entries[0].positions == {Position(-2, 3)}
-        assert total == 5 + 3  # none twice
-        undisturbed = passed(method)
+        assert total == 5 + 3 + 4 * 3  # none twice
+        undisturbed = after_epochs(run, SEEDS)
     assert_close(jax.device_get(result.state), undisturbed, 0)
-    assert entries[0].positions == {Position(0, 0)}
-    assert all(0 < prepared <= seconds for prepared, seconds in zip(result.prepared, result.seconds, strict=True))
+    assert entries[0].positions == {Position(4, 0)}
+    assert all(0 < prepared < seconds for prepared, seconds in zip(result.prepared, result.seconds, strict=True))
+    assert [len(curves["loss"]) for curves in result.curves] == [4, 4]

@@ -28,6 +28,7 @@ from jaxunlearn.devices.sharding import place_seeds
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import Stream, stream_key
 from jaxunlearn.training import loop
+from jaxunlearn.training.checkpoints import Position
 from jaxunlearn.training.pretraining import make_optimizer
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
@@ -162,7 +163,7 @@ def test_seeds_differ_from_the_first_weights_on(trained):
 def test_abstract_is_one_seeds_state(trained):
     run, _, state, _ = trained
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-    assert run.abstract() == one
+    assert run.abstract(Position(0, 0)) == one
 
 
 def test_an_epoch_of_training_fetches_once(trained):

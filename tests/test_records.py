@@ -223,7 +223,7 @@ def test_damaged_records(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "damaged.json"
     put(path, content)
     record = outcome(records.read, path)
-    assert record is None or record["schema"] == 2
+    assert record is None or record["schema"] == 3
     outcome(check, path, make())
 
 

@@ -124,7 +124,7 @@ def test_what_a_record_may_be(changes):
         ("retain_acc", DROPPED, "it lacks 'retain_acc'"),
         ("retain_ac", 0.5, "it has an unknown key 'retain_ac': did you mean 'retain_acc'?"),
         ("\n\x1b[31m", 0.5, "it has an unknown key '\\n\\x1b[31m'"),
-        ("schema", 1, "schema is 1: it must be 2"),
+        ("schema", 1, "schema is 1: it must be 3"),
         ("seed", -1, "seed is -1: it must be at least 0"),
         ("seed", True, "seed is true: it must be a whole number"),
         ("unlearn_seed", 0.5, "unlearn_seed is 0.5: it must be a whole number"),
@@ -285,7 +285,7 @@ def test_an_old_record_that_is_none(changes, line):
     assert str(caught.value) == line
 
 
-@pytest.mark.parametrize("version", [3, 10**30])
+@pytest.mark.parametrize("version", [4, 10**30])
 def test_a_newer_record_is_refused(version):
     with pytest.raises(ValueError, match=r"^written by a newer version of jaxunlearn: update it$"):
         upgrade({"schema": version, "what": "nobody knows"})
@@ -293,7 +293,7 @@ def test_a_newer_record_is_refused(version):
 
 @pytest.mark.parametrize("version", ["3", None, 1, True])
 def test_a_version_that_there_never_was(version):
-    with pytest.raises(ValueError, match=r"^schema is .*: it must be 2$"):
+    with pytest.raises(ValueError, match=r"^schema is .*: it must be 3$"):
         check(upgrade(example_record(schema=version)))
 
 
