@@ -16,12 +16,12 @@ from jaxunlearn.training.checking import check_rule
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 FOLDER = Path(__file__).parent / "torch_style_methods"
-NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
+NAMES = sorted(file.stem.removeprefix("torch_") for file in FOLDER.glob("*.py"))
 MORE = make_batch(5, seed=2, labels=0)  # a second batch to forget
 
 
 def method(name):
-    return get_method(str(FOLDER / f"{name}.py"))
+    return get_method(str(FOLDER / f"torch_{name}.py"))
 
 
 def prepared(name, retain=(RETAIN,), forget=(FORGET,), **settings):

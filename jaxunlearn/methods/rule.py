@@ -151,16 +151,8 @@ def descend(
     Returns (params, state, metrics before the step: "loss" and the further ones).
     """
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-        student = Student(context, params, state)
-        result = loss(student)
-        value, metrics = result if isinstance(result, tuple) else (result, {})
-        return value, ({"loss": value} | metrics, student.batch_stats)
-
-    (_, (metrics, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
-    updates, opt_state = context.optimizer.update(gradients, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return params, state._replace(batch_stats=batch_stats, opt_state=opt_state), metrics
+    gradients, state, metrics = differentiate(context, params, state, loss)
+    return *update(context, params, state, gradients), metrics
 
 
 def loss_rule(loss: Callable[..., Loss]) -> Callable[..., UnlearningRule]:
@@ -200,3 +192,38 @@ def kl_divergence(targets: jax.Array, logits: jax.Array) -> jax.Array:
     """KL(t || s) of target probabilities f32[B, C] and the student's logits f32[B, C]: summed over classes, mean
     over the batch. A target of exactly 0 contributes 0."""
     return optax.losses.kl_divergence(jax.nn.log_softmax(logits), targets).mean()
+
+
+def differentiate(
+    context: Context, params: PyTree, state: RuleState, loss: Callable[[Student], Loss]
+) -> tuple[PyTree, RuleState, Metrics]:
+    """Gradients of `loss(student)`, a scalar or a pair as for `descend`, for rules that put several together.
+
+    Returns (gradients, state, metrics). In the state BatchNorm's statistics have moved and the key is another, so the
+    next loss of the same step can go on from it; where a loss is to leave no trace, its state is dropped.
+    """
+
+    def objective(params: PyTree) -> tuple[jax.Array, tuple[Metrics, tuple[PyTree, jax.Array]]]:
+        student = Student(context, params, state)
+        result = loss(student)
+        value, metrics = result if isinstance(result, tuple) else (result, {})
+        return value, ({"loss": value} | metrics, (student.batch_stats, student.key))
+
+    gradients, (metrics, (batch_stats, key)) = jax.grad(objective, has_aux=True)(params)
+    return gradients, state._replace(batch_stats=batch_stats, key=key), metrics
+
+
+def update(context: Context, params: PyTree, state: RuleState, gradients: PyTree) -> tuple[PyTree, RuleState]:
+    """One step of the fixed optimizer with given gradients: (params, state)."""
+    updates, opt_state = context.optimizer.update(gradients, state.opt_state, params)
+    return optax.apply_updates(params, updates), state._replace(opt_state=opt_state)
+
+
+def supervised(batch: Any) -> Callable[[Student], Loss]:
+    """A batch's own labels as a loss for `descend` or `differentiate`: mean cross-entropy, and "accuracy"."""
+
+    def loss(student: Student) -> Loss:
+        logits = student(batch.images)
+        return cross_entropy(logits, batch.labels), {"accuracy": accuracy(logits, batch.labels)}
+
+    return loss

@@ -1,0 +1,55 @@
+"""Ascent on forget, weaker in the tensors that matter for retain. Submitted to the task by deepseek-reasoner.
+
+g = g_r - a m g_f + .1 g_h, the gradients of CE(retain), of CE(forget) and of minus the entropy on forget. Tensor by
+tensor m = 1 - sigmoid(10 i), with i = ||g_r|| over the largest ||g_r|| of any tensor. a = .3, .24 where E > 1, .15
+where E > 2, with E = .1 CE(retain) + .9 E, the step's own loss included. g is clipped to global norm 5.
+How E begins is not published: here with the first step's loss. Two forwards in train mode, retain first.
+
+For classes and samples. Its loss is CE(retain): what it descends is the gradient of no loss.
+
+Reads: retain, forget.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxunlearn.ingredients.gradients import clip, norm
+from jaxunlearn.methods.rule import UnlearningRule, differentiate, init_state, supervised, update
+
+
+def rule(
+    context,
+    *,
+    ascent: tuple = (0.3, 0.24, 0.15),
+    limits: tuple = (1.0, 2.0),
+    entropy_weight: float = 0.1,
+    sharpness: float = 10.0,
+    memory: float = 0.9,
+    max_norm: float = 5.0,
+) -> UnlearningRule:
+    def init(params, batch_stats, key):
+        return init_state(context, params, batch_stats, key, extra=jnp.zeros(()))
+
+    def step(params, state, retain, forget):
+        def certainty(student):
+            log_p = jax.nn.log_softmax(student(forget.images))
+            return (jnp.exp(log_p) * log_p).sum(-1).mean()
+
+        down, state, metrics = differentiate(context, params, state, supervised(retain))
+        # Both from one state, so both from one forward: XLA computes what is the same only once.
+        spread, _, _ = differentiate(context, params, state, certainty)
+        up, state, _ = differentiate(context, params, state, supervised(forget))
+        mean = jnp.where(state.step == 0, metrics["loss"], memory * state.extra + (1 - memory) * metrics["loss"])
+        weight = jnp.where(mean > limits[1], ascent[2], jnp.where(mean > limits[0], ascent[1], ascent[0]))
+        norms = jax.tree.map(norm, down)
+        largest = jnp.maximum(jnp.stack(jax.tree.leaves(norms)).max(), 1e-30)
+
+        def together(down, up, spread, length):
+            free = 1 - jax.nn.sigmoid(sharpness * length / largest)
+            return down - weight * free * up + entropy_weight * spread
+
+        gradients = jax.tree.map(together, down, up, spread, norms)
+        params, state = update(context, params, state, clip(gradients, max_norm))
+        return params, state._replace(extra=mean), metrics
+
+    return UnlearningRule(init, step)

@@ -1,0 +1,118 @@
+"""What the rules compute that change the model before any step, by numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from linear import (
+    CLASSES,
+    Model,
+    cross_entropy,
+    gradient,
+    in_numpy,
+    linear_batch,
+    linear_context,
+    linear_model,
+    log_softmax,
+)
+
+from jaxunlearn.methods import fisher, lfssd, ssd
+
+BATCHES = {
+    "retain": [linear_batch(1, seed) for seed in range(3)],
+    "forget": [linear_batch(5, 1, labels=0), linear_batch(3, 2, labels=0)],
+    "all": [linear_batch(6, 0), linear_batch(4, 3)],
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def passed(rule, params, stats, key=0):
+    """The parameters after all passes of a rule that takes no step."""
+    assert rule.step is None
+    state = rule.init(params, stats, jax.random.key(key))
+    for one in rule.passes:
+        carry = one.init(params, state)
+        for number, batch in enumerate(BATCHES[one.over]):
+            carry = one.step(params, state._replace(step=jnp.int32(number)), carry, batch)
+        params, state = one.finish(params, state._replace(step=jnp.int32(len(BATCHES[one.over]))), carry)
+    return in_numpy(params)
+
+
+def importance(params, stats, over, loss, measure):
+    """The mean over the batches of measure(gradient of loss(logits, labels)): a Model."""
+
+    def of_batch(batch):
+        return gradient(lambda m: loss(m.in_eval_mode(batch, stats["bn"]["mean"]), batch.labels), in_numpy(params))
+
+    return Model(*(np.mean(measure(np.stack(arrays)), 0) for arrays in zip(*map(of_batch, BATCHES[over]), strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "loss", "measure"),
+    [
+        (ssd.rule, cross_entropy, np.square),
+        (lfssd.rule, lambda logits, labels: (logits**2).sum(-1).mean(), np.abs),
+    ],
+)
+def test_weights_that_matter_more_for_forget_are_dampened(rule, loss, measure):
+    params, stats = linear_model(1)
+    everything, forgotten = (importance(params, stats, over, loss, measure) for over in ("all", "forget"))
+    ratios = np.concatenate([(f / e).ravel() for e, f in zip(everything, forgotten, strict=True)])
+    alpha = float(np.median(ratios))
+    dampening = 1.3 * alpha  # less than some of the chosen, more than others
+    dampened = passed(rule(linear_context(), alpha=alpha * (1 + 1e-6), dampening=dampening), params, stats)
+    factors = []
+    for old, new, e, f in zip(in_numpy(params), dampened, everything, forgotten, strict=True):
+        factor = np.where(f > alpha * (1 + 1e-6) * e, np.minimum(dampening * e / f, 1), 1)
+        np.testing.assert_allclose(new, factor * old, rtol=1e-5)
+        factors.append(factor.ravel())
+    assert (np.concatenate(factors) == 1).any() and (np.concatenate(factors) < 1).any()
+
+
+def test_what_matters_for_neither_stays():
+    """Zero gradients, as of a feature that no image has, are no reason to change a weight, or for a NaN."""
+    params, stats = jax.tree.map(jnp.zeros_like, linear_model(1)[0]), linear_model(1)[1]
+    after = passed(lfssd.rule(linear_context(), alpha=0.0), params, stats)
+    assert not after.kernel.any() and not after.bias.any()
+
+
+def test_fisher_adds_noise_where_it_costs_least():
+    """From the same key the same xi: so the noise of two alphas, and of limits that bind, tells the variance."""
+    params, stats = linear_model(1)
+    mean, information = stats["bn"]["mean"], Model(0.0, 0.0)
+    for batch in BATCHES["retain"]:
+        for label in range(CLASSES):
+            slope = gradient(lambda m, b=batch, y=label: log_softmax(m.in_eval_mode(b, mean))[0, y], in_numpy(params))
+            p = np.exp(log_softmax(in_numpy(params).in_eval_mode(batch, mean))[0, label])
+            information = Model(*(total + p * g**2 / 3 for total, g in zip(information, slope, strict=True)))
+    limit = float(np.median(1 / information.kernel))
+
+    def noise(**settings):
+        after = passed(fisher.rule(linear_context(), **settings), params, stats)
+        return Model(*(new - old for new, old in zip(after, in_numpy(params), strict=True)))
+
+    def deviation(alpha, limit):
+        variance = Model(*(10 * alpha * np.minimum(1 / (f + 1e-8), limit) for f in information))
+        kernel = np.broadcast_to(variance.kernel.mean(0), variance.kernel.shape)
+        return Model(np.sqrt(kernel), np.sqrt(variance.bias))
+
+    first, second = noise(alpha=1e-4, largest_of_head=limit), noise(alpha=1e-2, largest_of_head=1e9)
+    for one, two, a, b, old in zip(
+        first, second, deviation(1e-4, limit), deviation(1e-2, 1e9), in_numpy(params), strict=True
+    ):
+        np.testing.assert_allclose((one / a)[..., 1:], (two / b)[..., 1:], rtol=1e-5)
+        np.testing.assert_allclose(one[..., 0], two[..., 0])  # nothing is left of the forgotten class but noise
+        xi = (one + old)[..., 0] / np.sqrt(1e-3)
+        assert (abs(xi) < 5).all() and (xi != 0).all()
+        assert (abs((one / a)[..., 1:]) < 5).all()
+
+
+def test_fisher_looks_at_images_one_by_one():
+    for images, expected in ((0, None), (7, 7)):
+        (one,) = fisher.rule(linear_context(), images=images).passes
+        assert (one.over, one.images, one.batch_size) == ("retain", expected, 1)
