@@ -49,7 +49,7 @@ COMPANIONS = {
 BEFORE = METRICS | {"forget_acc": 0.9, "companions": COMPANIONS | {"against_retrain": None, "full": None}}
 PROTOCOL = Protocol(model="resnet20", dataset="cifar10", mean=(0.5,) * 3, std=(0.25,) * 3)
 EXAMPLE = {
-    "schema": 3,
+    "schema": 2,
     "bench": "resnet20-cifar10-class0",
     "method": "scrub",
     "seed": 42,

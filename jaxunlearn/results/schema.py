@@ -12,7 +12,7 @@ from typing import Any
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.errors import printable
 
-VERSION = 3
+VERSION = 2
 
 LONGEST = 60  # characters of a value in a message
 TYPES = {
@@ -54,7 +54,7 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of any version as one of `VERSION`, in that version's order; `record` itself stays as it is.
 
     What earlier versions did not know is None; fields that the protocol got later have their defaults, which is what
-    runs did before; `attempts` is empty, `unlearn_seed` 0. Up to version 2 `unlearn_s` had in it what is now
+    runs did before; `attempts` is empty, `unlearn_seed` 0. In version 1 `unlearn_s` had in it what is now
     `prepare_s`. With `protocol.mia_augment` the area of version 1 was the one of augmented images. What does not fit
     stays where it was, for `check` to find.
 
@@ -65,10 +65,7 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
         version = record["schema"]
         if isinstance(version, int) and version > VERSION:
             raise ValueError("written by a newer version of jaxunlearn: update it")
-        if version != 2:
-            return dict(record)
-        timing = _filled(record.get("timing"), load_schema()["properties"]["timing"])
-        return dict(record) | {"schema": VERSION, "timing": timing}
+        return dict(record)
     given = {"unlearn_seed": 0, "curves": {}, "dataset": {}, "attempts": {}} | dict(record)
     flags = {"collapsed": given.pop("collapsed", None)}
     known = load_schema()["properties"]
