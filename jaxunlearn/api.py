@@ -71,9 +71,9 @@ def run(
 
     Args:
       bench: the benchmark's name, such as "resnet20-digits-class0".
-      methods: names, rule files, or rules themselves: functions as `loss_rule` makes them, classes with an
-        `unlearn_step`. None: the four baselines and the output mask. Nobody can say what a function depends on, so an
-        interrupted unlearning by one starts again at its first step.
+      methods: names, groups of them ("baselines", "submitted", "all"), rule files, or rules themselves: functions as
+        `loss_rule` makes them, classes with an `unlearn_step`. None: the four baselines and the output mask. Nobody can
+        say what a function depends on, so an interrupted unlearning by one starts again at its first step.
       seeds: several train together; "0-7" is understood too.
       set: hyperparameters, such as {"scrub.temperature": 2}.
       init_weights: a file of a PyTorch state_dict to start from, in place of pretraining.

@@ -29,6 +29,7 @@ from jaxunlearn.torch_style.advice import advice
 Named = str | Path | Callable[..., Any]  # a method as users name it: by name, by file, or itself
 
 BASELINES = ("retain_finetune", "negative_gradient", "bad_teacher", "scrub")
+SUBMITTED = ("adaptive_uniform", "importance_masked", "zeroed_logit", "fisher_pcgrad")  # to the task, by others
 LONGEST_TITLE = 180  # bytes of a file's name; file systems allow 255, of which a checkpoint's lock needs 75
 RETRAIN = "retrain"  # the reference row: no rule, a model trained from scratch without the forgotten class
 REFERENCES = (RETRAIN, "output_mask")  # what others are compared with, above and below; none is a way to unlearn
@@ -48,6 +49,11 @@ class Method(NamedTuple):
 def names() -> list[str]:
     """Every rule that ships with the package: the modules of `methods`, without the contract."""
     return sorted(module.name for module in pkgutil.iter_modules(methods.__path__) if module.name != "rule")
+
+
+def members_of(group: str) -> tuple[str, ...]:
+    """The methods that a name stands for: "baselines", "submitted", or "all" that ship; none of any other name."""
+    return {"baselines": BASELINES, "submitted": SUBMITTED, "all": tuple(names())}.get(group, ())
 
 
 def title_of(method: Named) -> str:

@@ -7,8 +7,9 @@ import pytest
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.commands import bench
 from jaxunlearn.commands.parser import Parser
+from jaxunlearn.errors import UserError
 from jaxunlearn.methods import retain_finetune
-from jaxunlearn.registry import get_method
+from jaxunlearn.registry import BASELINES, SUBMITTED, get_method, names
 from jaxunlearn.runs import request as runs_request
 from jaxunlearn.runs.command_line import command_of, seeds_as_typed
 from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, with_retrain
@@ -90,6 +91,19 @@ def test_a_command_names_no_folder(tmp_path):
     command = command_of(request, methods[0])
     assert command.split()[5] == "mine.py" and "--init-weights w.npz" in command and str(tmp_path) not in command
     assert command_of(request, methods[1]) is None  # a function has no file
+
+
+def test_groups_are_their_members_each_once():
+    def chosen(*methods, **options):
+        return [method.name for method in get_methods(methods, {}, **options)]
+
+    assert chosen("baselines") == [*BASELINES]
+    assert chosen("scrub", "baselines") == ["scrub", *(name for name in BASELINES if name != "scrub")]
+    assert chosen("submitted", "baselines") == [*SUBMITTED, *BASELINES]
+    assert chosen("all", against_retrain=True) == ["retrain", *names()]
+    assert [method.name for method in get_methods(None, {})] == [*BASELINES, "output_mask"]
+    with pytest.raises(UserError, match="each method once"):
+        chosen("scrub", "scrub")
 
 
 @pytest.mark.parametrize("text", ["42", "0-7", "1,5,9", "3-5,9,2", "9,8,7"])

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         nargs="+",
         metavar="NAME|FILE.py",
-        help="methods by name, or files with your own (default: the four baselines and the output mask)",
+        help="methods by name, files with your own, or a group: baselines, submitted, all "
+        "(default: the four baselines and the output mask)",
     )
     add(
         "--seeds", default="42", metavar="SEEDS", help="42, 0-7 or 1,5,9; several train together (default: %(default)s)"
@@ -168,6 +169,7 @@ def run(args: argparse.Namespace) -> int:
         width = max(len(method.name) for method in methods)
         print("methods, and what of the training images they read:")
         print(*(f"  {m.name:{width}}  {m.reads}{marks.get(m.name, '')}" for m in methods), sep="\n")
+        print("groups of them: baselines, submitted, all")
         return 0
     if not args.bench:
         raise UserError("name a benchmark with --bench (--list shows all)")

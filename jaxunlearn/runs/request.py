@@ -22,12 +22,12 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.models.state_dicts import shortcut
 from jaxunlearn.models.weight_files import read_weights
 from jaxunlearn.registry import (
-    BASELINES,
     REFERENCES,
     RETRAIN,
     Method,
     Named,
     get_method,
+    members_of,
     parse_value,
     title_of,
 )
@@ -164,12 +164,16 @@ def with_retrain(bench: str, wish: bool | None) -> bool:
 
 
 def get_methods(chosen: Iterable[Named] | None, settings: Settings, against_retrain: bool = False) -> list[Method]:
-    """The methods of a run with their settings, None being the baselines and the output mask.
+    """The methods of a run with their settings, groups by their members; None is the baselines and the output mask.
 
     `retrain` comes first where it is among them or wished for: the others are compared with it. Raises UserError for
     settings of others.
     """
-    named: list[Named] = [*BASELINES, "output_mask"] if chosen is None else list(chosen)
+    given: list[Named] = ["baselines", "output_mask"] if chosen is None else list(chosen)
+    named: list[Named] = []
+    for method in given:
+        members = members_of(method) if isinstance(method, str) else ()
+        named += [one for one in members if one not in (*given, *named)] if members else [method]
     if not named:
         raise UserError("--method: at least one")
     if against_retrain and RETRAIN not in named:
