@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from jaxunlearn import methods
@@ -30,6 +31,7 @@ Named = str | Path | Callable[..., Any]  # a method as users name it: by name, b
 
 BASELINES = ("retain_finetune", "negative_gradient", "bad_teacher", "scrub")
 SUBMITTED = ("adaptive_uniform", "importance_masked", "zeroed_logit", "fisher_pcgrad")  # to the task, by others
+PARTS = ("jaxunlearn.methods.", "jaxunlearn.ingredients.")  # what rules that ship are made of
 LONGEST_TITLE = 180  # bytes of a file's name; file systems allow 255, of which a checkpoint's lock needs 75
 RETRAIN = "retrain"  # the reference row: no rule, a model trained from scratch without the forgotten class
 REFERENCES = (RETRAIN, "output_mask")  # what others are compared with, above and below; none is a way to unlearn
@@ -42,7 +44,8 @@ class Method(NamedTuple):
     factory: Callable[..., UnlearningRule] | None  # None for `retrain`
     defaults: dict[str, Any]
     hyperparameters: dict[str, Any]
-    source: str = ""  # SHA-256 of the rule's file; empty where it has none, and nobody can say what it depends on
+    source: str = ""  # SHA-256 of the rule's file, of one that ships also of those that it is made of; empty where it
+    # has none, and nobody can say what it depends on
     reads: str = ""  # which data the rule reads, by its docstring; empty where that does not say
 
 
@@ -84,12 +87,22 @@ def get_method(method: Named, settings: dict[str, str] | None = None) -> Method:
     elif title in names():
         module = importlib.import_module(f"{methods.__name__}.{title}")
         factory = module.rule
-        source = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+        source = hashlib.sha256(b"".join(_files_of(module, {}).values())).hexdigest()
     else:
         nearest = difflib.get_close_matches(title, [*names(), RETRAIN], n=1, cutoff=0)[0]
         raise UserError(f"unknown method '{title}': did you mean '{nearest}'? (a rule file's name ends in .py)")
     defaults = _defaults(title, factory)
     return Method(title, factory, defaults, _apply(title, defaults, settings or {}), source, _reads(factory))
+
+
+def _files_of(module: ModuleType, found: dict[str, bytes]) -> dict[str, bytes]:
+    """The content of a rule's file and of those that it is made of: of other rules and of `ingredients`, by name."""
+    found[module.__name__] = Path(str(module.__file__)).read_bytes()
+    for value in vars(module).values():
+        name = str(getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", ""))
+        if name.startswith(PARTS) and name not in (*found, UnlearningRule.__module__):
+            _files_of(sys.modules[name], found)
+    return found
 
 
 def _check_title(title: str, given: str, kind: str, plain: bool) -> None:

@@ -153,12 +153,12 @@ def test_checkpoint_of_another_shape_is_set_aside(tmp_path):
 @pytest.mark.filterwarnings("ignore:checkpoint:UserWarning")
 def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
     """One bit in turn of every file: what comes back is what was saved, or nothing."""
-    rng, one = np.random.default_rng(0), saved(3)
+    rng, one = np.random.default_rng(1), saved(3)
     save_together([entry(tmp_path)], [one])
     path = entry(tmp_path).path(one.position)
     shutil.copytree(path, tmp_path / "whole")
     refused = 0
-    for file in [file for file in files(path) for _ in range(5)]:
+    for file in [file for file in files(path) for _ in range(4)]:
         content = bytearray(file.read_bytes())
         if not content:
             continue

@@ -1,5 +1,7 @@
 """Methods by name or file, and their hyperparameters; what is none is refused in one line."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -78,6 +80,16 @@ def test_a_users_loss_is_a_method(tmp_path):
     assert_differ(params, model(1)[0])
     # The statistics move in the order of the calls.
     assert_close(state.batch_stats, forward(RETAIN.images, forward(FORGET.images)[1])[1], 1e-5)
+
+
+def test_the_digest_of_a_rule_is_of_all_that_it_is_made_of(monkeypatch):
+    """So that its unlearning starts afresh when one of them changes."""
+    before = {name: get_method(name).source for name in ("lfssd", "eu_k", "negate_first", "salun", "scrub")}
+    changed = {"ssd": "lfssd", "cf_k": "eu_k", "retain_finetune": "negate_first", "masks": "salun"}
+    read = Path.read_bytes
+    for part, name in changed.items():
+        monkeypatch.setattr(Path, "read_bytes", lambda path, part=part: read(path) + b" " * (path.stem == part))
+        assert get_method(name).source != before[name] and get_method("scrub").source == before["scrub"]
 
 
 def test_what_a_method_reads_is_in_its_docstring_or_its_files(tmp_path):

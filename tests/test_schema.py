@@ -226,6 +226,53 @@ def test_an_old_record_says_what_it_knew():
     )
 
 
+def test_the_oldest_records_knew_less():
+    old = version_1()
+    for name in ("collapsed", "dataset", "attempts", "untrained_in", "diverged_at", "before"):
+        place(old, name, DROPPED)
+    for name in ("timing.checkpoint_s", "environment.deterministic", "environment.cpu.compiled_kernels"):
+        place(old, name, DROPPED)
+    for name in ("protocol.pretrain_schedule", "protocol.unlearn_augment"):
+        place(old, name, DROPPED)
+    new = upgrade(old)
+    check(new)
+    assert new["dataset"] == {"digest": None, "verified": None} and new["before"] is None and new["attempts"] == {}
+    assert new["flags"]["collapsed"] is None and new["timing"]["checkpoint_s"] is None
+    assert new["environment"]["deterministic"] is None and new["environment"]["cpu"]["compiled_kernels"] is None
+    assert new["protocol"]["pretrain_schedule"] == "cosine" and new["protocol"]["unlearn_augment"] is True
+    assert list(new["protocol"]) == [field.name for field in dataclasses.fields(PROTOCOL)]
+
+
+def test_an_old_area_of_augmented_images_goes_where_it_belongs():
+    protocol = example_record()["protocol"] | {"mia_augment": True}
+    new = upgrade(version_1(protocol=protocol))
+    check(new)
+    for metrics in (new, new["before"]):
+        assert (metrics["forget_mia_auc"], metrics["forget_mia_auc_augmented"]) == (None, METRICS["forget_mia_auc"])
+        assert metrics["unlearn_score"] == METRICS["unlearn_score"]
+
+
+def test_an_old_record_that_diverged():
+    none = dict.fromkeys(name for name in METRICS if name not in NEW)
+    check(upgrade(version_1(**none, status="diverged")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"protocol": []}, "protocol is a list: it must be an object"),
+        ({"environment": {"cpu": 1}}, "environment.versions is null: it must be an object"),
+        ({"dataset": [], "before": 1}, "before is 1: it must be an object or null"),
+        ({"kolapsed": True}, "it has an unknown key 'kolapsed'"),
+        ({"retain_acc": 1.5}, "retain_acc is 1.5: it must be at most 1"),
+    ],
+)
+def test_an_old_record_that_is_none(changes, line):
+    with pytest.raises(ValueError) as caught:
+        check(upgrade(version_1(**changes)))
+    assert str(caught.value) == line
+
+
 @pytest.mark.parametrize("version", [3, 10**30])
 def test_a_newer_record_is_refused(version):
     with pytest.raises(ValueError, match=r"^written by a newer version of jaxunlearn: update it$"):

@@ -284,6 +284,15 @@ BROKEN = {
     "nothing changes the model": ({"step": None}, "it has neither step nor prepare nor passes$"),
     "a pass is over no set": ({"passes": over("test")}, "pass 1 is over 'test': write retain, forget or all$"),
     "a pass is over no image": ({"passes": over(images=0)}, "pass 1: its images is 0, it must be None or a whole num"),
+    "passes are one": ({"passes": over()[0]}, "its passes must be a tuple of Pass$"),
+    "a pass draws with NumPy": (
+        {"passes": over(step=lambda p, s, carry, b: carry + np.random.rand())},
+        "pass 1 draws with numpy.random, which",
+    ),
+    "a pass knows one size of batches": (
+        {"passes": over(init=lambda p, s: jnp.zeros(19), step=lambda p, s, carry, b: carry + b.labels)},
+        "pass 1: step changed|TypeError|ValueError",
+    ),
     "a pass fails": ({"passes": over(init=raised)}, "ValueError: first line second line$"),
     "a pass loses its carry": ({"passes": over(step=lambda *_: ())}, "pass 1: step changed the structure of the carry"),
     "a pass counts in integers": (

@@ -35,6 +35,9 @@ class Batch:
     def __iter__(self) -> Iterator[jax.Array]:
         return iter((self.images, self.labels))
 
+    def __len__(self) -> int:
+        return 2
+
     def __getitem__(self, place: Any) -> Any:
         return (self.images, self.labels)[place]
 

@@ -17,12 +17,15 @@ import jax
 import jax.numpy as jnp
 from optax.tree_utils import tree_add_scale, tree_scale, tree_split_key_like
 
+from jaxunlearn.errors import UserError
 from jaxunlearn.methods.rule import Pass, UnlearningRule, init_state
 
 
 def rule(
     context, *, alpha: float = 1e-6, largest: float = 1e3, largest_of_head: float = 1e2, images: int = 1000
 ) -> UnlearningRule:
+    if images < 0:
+        raise UserError(f"images is {images}: it must be 0, for all, or how many")
     head, forgotten = context.layers()[-1], context.forget_class
 
     def add(params, state, total, batch):

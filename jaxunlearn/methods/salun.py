@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxunlearn.errors import UserError
 from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.ingredients.masks import freeze_outside, largest
 from jaxunlearn.methods.rule import Pass, UnlearningRule, accuracy, cross_entropy, descend, init_state
 
 
 def rule(context, *, share: float = 0.5) -> UnlearningRule:
+    if not 0 < share <= 1:
+        raise UserError(f"share is {share}: it must be more than 0 and at most 1")
+
     def init(params, batch_stats, key):
         everything = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
         return init_state(context, params, batch_stats, key, extra=everything)

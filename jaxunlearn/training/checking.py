@@ -16,7 +16,7 @@ from jaxunlearn.training.drawing import watched_draws
 LEAK = "it uses an array of an earlier call: what is kept belongs into RuleState.extra"
 SEED_AXES: Any = RuleState(0, 0, 0, 0, None, None)  # type: ignore[arg-type]
 DRAWN = (
-    "step draws with {}, which gives the same numbers in every step and for every seed: "
+    "{} draws with {}, which gives the same numbers in every step and for every seed: "
     "use jax.random with state.key, in a class with model.random_key()"
 )
 
@@ -29,6 +29,8 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
     try:
         if rule.step is None and rule.prepare is None and not rule.passes:
             raise TypeError("it has neither step nor prepare nor passes")
+        if isinstance(rule.passes, Pass) or not all(isinstance(one, Pass) for one in rule.passes):
+            raise TypeError("its passes must be a tuple of Pass")
         key = jax.eval_shape(lambda: jax.random.key(0))
         params, batch_stats = jax.eval_shape(context.initialise, key)
         for pair in sizes if len(sizes) > 1 else [*sizes] * 2:  # the second meets what the first has left behind
@@ -46,7 +48,7 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
             with watched_draws() as drawn:
                 program, result = jax.make_jaxpr(together, return_shape=True)(_one_seed(params), state, *batches)
             if drawn:
-                raise TypeError(DRAWN.format(min(drawn)))
+                raise TypeError(DRAWN.format("step", min(drawn)))
             if any(isinstance(constant, jax.core.Tracer) for constant in program.consts):
                 raise TypeError(LEAK)
             if not isinstance(result, tuple) or len(result) != 3:
@@ -80,10 +82,14 @@ def _check_pass(name: str, one: Pass, params: Any, state: RuleState, size: int) 
         axes = (0, SEED_AXES, *[0] * len(arguments))
         return jax.eval_shape(jax.vmap(function, axes), _one_seed(params), state, *arguments)
 
-    carry = traced(one.init)
-    after = traced(one.step, carry, _one_seed(_abstract_batch(one.batch_size or size)))
-    same_form(f"{name}: step", ("the carry", _alone(carry), _alone(after)))
-    result = traced(one.finish, carry)
+    with watched_draws() as drawn:
+        carry = traced(one.init)
+        for batch in {one.batch_size or size, 1}:  # the last one is smaller
+            after = traced(one.step, carry, _one_seed(_abstract_batch(batch)))
+            same_form(f"{name}: step", ("the carry", _alone(carry), _alone(after)))
+        result = traced(one.finish, carry)
+    if drawn:
+        raise TypeError(DRAWN.format(name, min(drawn)))
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"{name}: finish must return (params, state)")
     changes = ("params", params, _alone(result[0])), ("state", _state(state), _alone(result[1]))

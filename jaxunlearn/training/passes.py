@@ -91,7 +91,7 @@ class Passing:
     def run(
         self, carry: Carry, keys: jax.Array, data: Images, report: Report, first: int, keeper: Keeper | None
     ) -> Carry:
-        """The pass from batch `first` on; `carry` is donated."""
+        """The pass from batch `first` on; before and after the loop, which donates, the carry is copied."""
         drawn = self._draw(keys, self._indices)
         carry = carry if first else self._begin((carry, drawn[0]), None)
         kept = _WithoutMetrics(keeper) if keeper else None

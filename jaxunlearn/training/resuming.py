@@ -179,7 +179,7 @@ def _advance(
     """A group's states after epoch `until`, or after the judge's where one has learned nothing."""
     steps, (epoch, first) = training.steps_per_epoch, keeper.position
     images = training.images_per_epoch * len(keys)
-    bar = reporter.task(title, training.epochs, steps, images, max(0, epoch * steps + first))
+    bar = reporter.task(title, training.epochs, steps, images, epoch * steps + first if epoch >= 0 else 0)
     with bar as report, deferred() as stopping, closing(keeper):
         keeper.stopping = stopping
         state = first_state(keys) if state is None else state
