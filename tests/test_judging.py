@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -173,23 +174,38 @@ def test_an_epoch_of_which_a_part_is_unknown_is_unknown():
     assert saving._added({}, {"loss": np.float32([np.inf])}, Position(0, 0)) == {"loss": [None]}
 
 
+class Length(NamedTuple):
+    """What is asked of a training to say what comes next."""
+
+    epochs: int
+    passes: int = 0
+
+
+SIX, NONE = Length(6), Length(0)
+
+
 def test_seeds_that_fell_behind_first_come_as_far_as_those_that_wait():
     judge = judge_of(np.arange(10), steps=250, epochs=6)
     good = saved([0, 250, 250], [0, 1, 1], 2)
     behind = good._replace(position=Position(1, 3))
-    assert resuming._next([good, None], [1, 0], judge, 6) == (2, [[1]])
-    assert resuming._next([good, behind, None], [0, 0, 0], judge, 6) == (2, [[1], [2]])
-    assert resuming._next([good, good], [0, 1], judge, 6) == (6, [[0, 1]])
-    assert resuming._next([behind, None], [0, 0], judge, 6) == (6, [[0], [1]])
+    assert resuming._next([good, None], [1, 0], judge, SIX) == (2, [[1]])
+    assert resuming._next([good, behind, None], [0, 0, 0], judge, SIX) == (2, [[1], [2]])
+    assert resuming._next([good, good], [0, 1], judge, SIX) == (6, [[0, 1]])
+    assert resuming._next([behind, None], [0, 0], judge, SIX) == (6, [[0], [1]])
     dead = saved([0, 25], [0, 250 * math.log(10)], 2)
-    assert resuming._next([dead, good], [4, 0], judge, 6) == (6, [[1]])
-    assert resuming._next([dead, good._replace(position=Position(6, 0))], [4, 0], judge, 6) == (6, [])
+    assert resuming._next([dead, good], [4, 0], judge, SIX) == (6, [[1]])
+    assert resuming._next([dead, good._replace(position=Position(6, 0))], [4, 0], judge, SIX) == (6, [])
 
 
 def test_what_takes_no_epoch_begins_and_is_done():
     done = Saved({}, Position(0, 0), 0.0, None, {})
-    assert resuming._next([None, done, None], [0, 0, 0], None, 0) == (0, [[0, 2]])
-    assert resuming._next([done, done], [0, 0], None, 0) == (0, [])
+    assert resuming._next([None, done, None], [0, 0, 0], None, NONE) == (0, [[0, 2]])
+    assert resuming._next([done, done], [0, 0], None, NONE) == (0, [])
+
+
+def test_what_passes_over_images_first_begins_below_the_first_epoch():
+    within = Saved({}, Position(-1, 3), 0.0, None, {})
+    assert resuming._next([None, within, within], [0, 0, 0], None, SIX._replace(passes=2)) == (6, [[0], [1, 2]])
 
 
 def test_curves_are_the_means_of_whole_epochs():
