@@ -9,7 +9,8 @@ COLLAPSE = 0.1  # of the accuracy on the retained classes
 INVERTED = 2.0  # standard errors
 MASK = 0.01  # nats, of at most ln 2
 
-Flags = dict[str, bool | None]
+FLAGS = ("collapsed", "inverted_membership", "above_retrain", "output_mask")
+Flags = dict[str, bool | None]  # by `FLAGS`
 
 
 def flags(
@@ -30,7 +31,7 @@ def flags(
       members, others: how many images of the forgotten class the attack tells apart, trained on and not.
     """
     if after["retain_acc"] is None:
-        return dict.fromkeys(("collapsed", "inverted_membership", "above_retrain", "output_mask"))
+        return dict.fromkeys(FLAGS)
     area, low = after["forget_mia_auc"], 0.5 - INVERTED * auc_standard_error(members, others)
     collapsed = inverted = above = None
     if before["retain_acc"] is not None:

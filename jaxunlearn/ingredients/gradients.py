@@ -8,9 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax.tree_utils import tree_add_scale, tree_vdot
+from optax.tree_utils import tree_add_scale, tree_vdot, tree_zeros_like
 
 PyTree = Any
+
+
+def zeros(params: PyTree, state: Any) -> PyTree:
+    """Where the sum of a pass over gradients begins: a `Pass`'s `init`."""
+    return tree_zeros_like(params)
 
 
 def norm(gradients: PyTree) -> jax.Array:

@@ -12,7 +12,7 @@ Reads: retain.
 from functools import partial
 
 from jaxunlearn.ingredients.masks import freeze, last_layers
-from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, descend, init_state
+from jaxunlearn.methods.rule import UnlearningRule, descend, init_state, supervised
 
 
 def rule(context, *, k: int = 8) -> UnlearningRule:
@@ -23,8 +23,7 @@ def rule(context, *, k: int = 8) -> UnlearningRule:
 
         def loss(student):
             student.params = freeze(student.params, learning)
-            logits = student(retain.images)
-            return cross_entropy(logits, retain.labels), {"accuracy": accuracy(logits, retain.labels)}
+            return supervised(retain)(student)
 
         params, after, metrics = descend(context, params, state, loss)
         stats = {name: (after if name in learning else state).batch_stats[name] for name in state.batch_stats}

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from optax.tree_utils import tree_add_scale, tree_scale, tree_split_key_like
 
 from jaxunlearn.errors import UserError
+from jaxunlearn.ingredients.gradients import zeros
 from jaxunlearn.methods.rule import Pass, UnlearningRule, init_state
 
 
@@ -57,9 +58,6 @@ def rule(
             noise = partial(noisy, limit=largest_of_head if of_head else largest, of_head=of_head)
             after[name] = jax.tree.map(noise, params[name], keys[name], fisher[name])
         return after, state
-
-    def zeros(params, state):
-        return jax.tree.map(jnp.zeros_like, params)
 
     one = Pass("retain", zeros, add, scatter, images=images or None, batch_size=1)
     return UnlearningRule(partial(init_state, context), None, passes=(one,))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxunlearn.errors import UserError
+from jaxunlearn.ingredients.gradients import zeros
 from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.ingredients.masks import freeze_outside, largest
 from jaxunlearn.methods.rule import Pass, UnlearningRule, accuracy, cross_entropy, descend, init_state
@@ -26,9 +27,6 @@ def rule(context, *, share: float = 0.5) -> UnlearningRule:
     def init(params, batch_stats, key):
         everything = jax.tree.map(lambda leaf: jnp.ones_like(leaf, bool), params)
         return init_state(context, params, batch_stats, key, extra=everything)
-
-    def flat(params, state):
-        return jax.tree.map(jnp.zeros_like, params)
 
     def add(params, state, total, batch):
         def loss(params):
@@ -50,4 +48,4 @@ def rule(context, *, share: float = 0.5) -> UnlearningRule:
 
         return descend(context, params, state, loss)
 
-    return UnlearningRule(init, step, passes=(Pass("forget", flat, add, choose),))
+    return UnlearningRule(init, step, passes=(Pass("forget", zeros, add, choose),))

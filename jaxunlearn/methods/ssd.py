@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from optax.tree_utils import tree_scale
 
+from jaxunlearn.ingredients.gradients import zeros
 from jaxunlearn.methods.rule import Pass, UnlearningRule, cross_entropy, init_state
 
 
@@ -39,9 +40,6 @@ def dampen_by(context, loss: Callable, measure: Callable, alpha: float, dampenin
             return jnp.where(forgotten > alpha * everything, weight * factor, weight)
 
         return jax.tree.map(dampened, params, state.extra, tree_scale(1 / state.step, total)), state
-
-    def zeros(params, state):
-        return jax.tree.map(jnp.zeros_like, params)
 
     return UnlearningRule(init, None, passes=(Pass("all", zeros, add, keep), Pass("forget", zeros, add, dampen)))
 

@@ -5,6 +5,8 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from jaxunlearn.errors import printable
+from jaxunlearn.evaluation.flags import FLAGS
+from jaxunlearn.registry import REFERENCES, RETRAIN
 from jaxunlearn.results.statistics import Components, ranks, t_interval, variance_components
 
 # Values of a record; the last is that of `companions.against_retrain`.
@@ -17,9 +19,6 @@ SHOWN = (
     "symmetric_score",
     "average_gap",
 )
-FLAGS = ("collapsed", "inverted_membership", "above_retrain", "output_mask")
-# What rules are compared with. `output_mask`, the pretrained model that never answers with the class, erases nothing.
-REFERENCES = ("pretrained", "retrain", "output_mask")
 
 
 class Row(NamedTuple):
@@ -51,7 +50,7 @@ class Row(NamedTuple):
     @property
     def reference(self) -> bool:
         """Whether it is there to compare with; what diverged or learned nothing is no reference."""
-        return self.method in REFERENCES and self.learned
+        return self.method in ("pretrained", *REFERENCES) and self.learned
 
 
 def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]]) -> list[Row]:
@@ -132,7 +131,7 @@ def _count(runs: Sequence[Mapping[str, Any]], flag: str) -> int | None:
 def _compared(rows: Sequence[Row]) -> list[Row]:
     """The rows with their ranks; what the records do not say of `above_retrain`, the best `retrain` row does."""
     found = ranks([row.scores if row.learned and not row.reference else {} for row in rows])
-    ceilings = [row.mean["unlearn_score"] for row in rows if row.method == "retrain" and row.reference]
+    ceilings = [row.mean["unlearn_score"] for row in rows if row.method == RETRAIN and row.reference]
     compared = []
     for row, rank in zip(rows, found, strict=True):
         above = row.flags["above_retrain"]
