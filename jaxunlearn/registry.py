@@ -92,7 +92,7 @@ def get_method(method: Named, settings: dict[str, str] | None = None) -> Method:
         nearest = difflib.get_close_matches(title, [*names(), RETRAIN], n=1, cutoff=0)[0]
         raise UserError(f"unknown method '{title}': did you mean '{nearest}'? (a rule file's name ends in .py)")
     defaults = _defaults(title, factory)
-    return Method(title, factory, defaults, _apply(title, defaults, settings or {}), source, _reads(factory))
+    return Method(title, factory, defaults, _apply(title, defaults, settings or {}), source, sentence(factory, "Reads"))
 
 
 def _files_of(module: ModuleType, found: dict[str, bytes]) -> dict[str, bytes]:
@@ -183,11 +183,12 @@ def _defaults(title: str, factory: Any) -> dict[str, Any]:
     return {p.name: p.default for p in keywords}
 
 
-def _reads(factory: Any) -> str:
-    """What a docstring says in "Reads: ...": the factory's own, else its file's."""
+def sentence(factory: Any, word: str) -> str:
+    """What a docstring says in "<word>: ...", up to a full stop: the factory's own, else its file's, else nothing."""
     file = sys.modules.get(str(getattr(factory, "__module__", "")))
+    pattern = re.compile(rf"^\s*{word}: (.+?)\.(?:\s|\Z)", re.MULTILINE | re.DOTALL)
     for text in (getattr(factory, "__doc__", None), getattr(file, "__doc__", None)):
-        if isinstance(text, str) and (found := re.search(r"^\s*Reads: ([^.]+)\.", text, re.MULTILINE)):
+        if isinstance(text, str) and (found := pattern.search(text)):
             return " ".join(found[1].split())
     return ""
 

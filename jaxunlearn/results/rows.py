@@ -9,7 +9,7 @@ from jaxunlearn.evaluation.flags import FLAGS
 from jaxunlearn.registry import REFERENCES, RETRAIN
 from jaxunlearn.results.statistics import Components, ranks, t_interval, variance_components
 
-# Values of a record; the last is that of `companions.against_retrain`.
+# Values of a record, shown in the closing table; the last is that of `companions.against_retrain`.
 SHOWN = (
     "retain_acc",
     "forget_acc",
@@ -19,6 +19,19 @@ SHOWN = (
     "symmetric_score",
     "average_gap",
 )
+AGAINST_RETRAIN = ("average_gap", "tug_of_war")  # of `companions.against_retrain`
+MEASURED = (*SHOWN, "tug_of_war", "forget_mia_auc_published", "unlearn_score_published")
+
+# By flag: what a row says, and what that means.
+WORDS = {
+    "collapsed": ("collapsed", "lost more than ten points on the retained classes"),
+    "inverted_membership": (
+        "inverted",
+        "the attack is wrong more often than chance and retraining explain, which reveals as much as being right",
+    ),
+    "above_retrain": ("above retrain", "a higher unlearn_score than retraining has, which is not better forgetting"),
+    "output_mask": ("like a mask", "answers as the pretrained model does without the class: nothing need be erased"),
+}
 
 
 class Row(NamedTuple):
@@ -37,9 +50,11 @@ class Row(NamedTuple):
     mean: dict[str, float]  # by value, over the seeds that count and have it; empty if all diverged
     std: dict[str, float]  # sample standard deviation (n - 1) over these; without values of fewer than two seeds
     half_width: dict[str, float]  # of the 95% t-interval of the mean, of the same
-    scores: dict[int, float]  # symmetric_score by seed, of those that count
+    values: dict[str, dict[int, float]]  # by value (`MEASURED`) and seed: what these are made of
     spread: Components | None  # of symmetric_score; None where no seed was unlearned from twice
     seconds: float | None  # mean over all runs, unlearning and evaluation
+    devices: tuple[str, ...]  # what they ran on, each once
+    commands: tuple[str, ...]  # what gives their records again, each once, of those that say so
     rank: int | None = None  # None: not to be ranked (see `ranks`), or a reference
 
     @property
@@ -51,6 +66,12 @@ class Row(NamedTuple):
     def reference(self) -> bool:
         """Whether it is there to compare with; what diverged or learned nothing is no reference."""
         return self.method in ("pretrained", *REFERENCES) and self.learned
+
+    @property
+    def said(self) -> list[str]:
+        """The flags in words, with the number of runs where not all have it: ["collapsed", "inverted 2/3"]."""
+        counts = [(word, self.flags[name]) for name, (word, _) in WORDS.items()]
+        return [word if count == self.runs else f"{word} {count}/{self.runs}" for word, count in counts if count]
 
 
 def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]]) -> list[Row]:
@@ -93,7 +114,7 @@ def _row(method: str, variant: str, runs: Sequence[Mapping[str, Any]], seconds: 
     counting: dict[int, list[dict[str, Any]]] = {}
     for run in learned or finite:
         counting.setdefault(run["seed"], []).append(_values(run))
-    columns = {name: _by_seed(counting, name) for name in SHOWN}
+    columns = {name: _by_seed(counting, name) for name in MEASURED}
     several = {name: list(column.values()) for name, column in columns.items() if len(column) > 1}
     scores = {seed: [values["symmetric_score"] for values in group] for seed, group in counting.items()}
     return Row(
@@ -107,15 +128,25 @@ def _row(method: str, variant: str, runs: Sequence[Mapping[str, Any]], seconds: 
         mean={name: fmean(column.values()) for name, column in columns.items() if column},
         std={name: stdev(column) for name, column in several.items()},
         half_width={name: width for name, column in several.items() if (width := t_interval(column)) is not None},
-        scores=columns["symmetric_score"],
+        values=columns,
         spread=variance_components(scores),
         seconds=seconds,
+        devices=tuple(dict.fromkeys(_device(run["environment"]) for run in runs if "environment" in run)),
+        commands=tuple(dict.fromkeys(run["command"] for run in runs if run.get("command"))),
     )
 
 
 def _values(run: Mapping[str, Any]) -> dict[str, float | None]:
     against = (run.get("companions") or {}).get("against_retrain") or {}
-    return {name: run.get(name) for name in SHOWN} | {"average_gap": against.get("average_gap")}
+    return {name: (against if name in AGAINST_RETRAIN else run).get(name) for name in MEASURED}
+
+
+def _device(environment: Mapping[str, Any]) -> str:
+    """The devices of a run, on a CPU its processor, such as "4 x NVIDIA H200" and "AMD EPYC, 2 cores"."""
+    kind, count, cpu = environment["device_kind"], environment.get("device_count", 1), environment.get("cpu")
+    if kind == "cpu" and cpu:
+        return f"{cpu['model']}, {cpu['cores']} core{'s' if cpu['cores'] > 1 else ''}"
+    return kind if count == 1 else f"{count} x {kind}"
 
 
 def _by_seed(counting: Mapping[int, Sequence[Mapping[str, Any]]], name: str) -> dict[int, float]:
@@ -130,7 +161,7 @@ def _count(runs: Sequence[Mapping[str, Any]], flag: str) -> int | None:
 
 def _compared(rows: Sequence[Row]) -> list[Row]:
     """The rows with their ranks; what the records do not say of `above_retrain`, the best `retrain` row does."""
-    found = ranks([row.scores if row.learned and not row.reference else {} for row in rows])
+    found = ranks([row.values["symmetric_score"] if row.learned and not row.reference else {} for row in rows])
     ceilings = [row.mean["unlearn_score"] for row in rows if row.method == RETRAIN and row.reference]
     compared = []
     for row, rank in zip(rows, found, strict=True):

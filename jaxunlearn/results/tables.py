@@ -1,9 +1,7 @@
 """The closing table: this run's results, ranked, above the benchmark's published ones."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from typing import Any, TextIO
 
 from rich import box
@@ -11,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxunlearn.evaluation.metrics import auc_standard_error
-from jaxunlearn.results.rows import SHOWN, Row, summarize
+from jaxunlearn.results import published
+from jaxunlearn.results.rows import SHOWN, WORDS, Row, summarize
 
 # Of output that is no terminal (a file, a pipe): every table fits, one line a row.
 FILE_WIDTH = 200
@@ -19,26 +18,6 @@ SHORT = {"forget_mia_auc_augmented": "auc_augmented", "average_gap": "avg_gap"}
 COLUMNS = ("rank", "method", *(SHORT.get(name, name) for name in SHOWN), "seeds", "seconds", "flags")
 # Of a terminal that is too narrow for all of them: two tables, the scores and what is to be known of them.
 PARTS = (COLUMNS[:8], ("method", *COLUMNS[8:]))
-# By flag: what a row says, and what that means.
-WORDS = {
-    "collapsed": ("collapsed", "lost more than ten points on the retained classes"),
-    "inverted_membership": (
-        "inverted",
-        "the attack is wrong more often than chance and retraining explain, which reveals as much as being right",
-    ),
-    "above_retrain": ("above retrain", "a higher unlearn_score than retraining has, which is not better forgetting"),
-    "output_mask": ("like a mask", "answers as the pretrained model does without the class: nothing need be erased"),
-}
-
-
-def load_published() -> dict[str, Any]:
-    """The published results, as fractions; areas in them follow the published tie rule (`metrics.published_auc`).
-
-    Returns:
-      `source`, `legend` (what the groups are), `columns` (what the values are), `groups` [{`label`, `digits` (decimals
-      they were published with), `results`: benchmark -> method -> values}], `notes`: benchmark -> remark.
-    """
-    return json.loads(resources.files("jaxunlearn.results").joinpath("published.json").read_text(encoding="utf-8"))
 
 
 def print_results(
@@ -95,19 +74,29 @@ def print_results(
         console.print("\nDeviation of symmetric_score over originals, and over unlearnings of one", style="bold")
         _print_table(console, ("method", "s_train", "s_unlearn"), lambda joint: spread)
 
-    published = load_published()
-    lines = [
-        [method, *(f"{value:.{group['digits']}f}" for value in values), group["label"]]
-        for group in published["groups"]
-        for method, values in group["results"].get(bench, {}).items()
-    ]
-    if lines:
+    if lines := _published_lines(bench):
+        facts = published.load()
         console.print("\nPublished results", style="bold")
-        _print_table(console, ("method", *published["columns"], "from"), lambda joint: lines)
-        console.print(published["source"])
-        console.print(published["legend"])
-        if bench in published["notes"]:
-            console.print(published["notes"][bench])
+        _print_table(console, ("method", *facts["columns"], "from"), lambda joint: lines)
+        console.print(facts["source"])
+        console.print(facts["legend"])
+        if bench in facts["notes"]:
+            console.print(facts["notes"][bench])
+
+
+def _published_lines(bench: str) -> list[list[str]]:
+    """The cells of the published baselines and of the submission with the highest score."""
+    rows = published.rows_of(bench)
+    best = max(rows, key=lambda row: (row.kind != "baseline", row.values["unlearn_score"]), default=None)
+    return [
+        [
+            f"{row.name} ({row.kind})" if row is best else row.name,
+            *(f"{value:.{row.digits}f}" for value in row.values.values()),
+            "best submitted" if row is best else row.table,
+        ]
+        for row in rows
+        if row.kind == "baseline" or row is best
+    ]
 
 
 def _remarks(rows: Sequence[Row]) -> Iterable[str]:
@@ -150,10 +139,8 @@ def _cells(row: Row, joint: str, plus_minus: str) -> list[str]:
     counted = joint.join(f"{count} of {row.runs}{joint}{state}" for count, state in states if count)
     seeds = str(row.seeds) if row.runs == row.seeds else f"{row.seeds}{joint}({row.runs} runs)"
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-    counts = {word: row.flags[name] for name, (word, _) in WORDS.items()}
-    flags = [word if count == row.runs else f"{word} {count}/{row.runs}" for word, count in counts.items() if count]
     rank = "ref" if row.reference else str(row.rank or "-")
-    return [rank, _name(row, joint), *values, counted or seeds, seconds, ", ".join(flags)]
+    return [rank, _name(row, joint), *values, counted or seeds, seconds, ", ".join(row.said)]
 
 
 def _deviation(variance: float | None) -> str:

@@ -1,0 +1,206 @@
+"""Tables of many runs, from their records alone: results, how they compare with what is published, and the rules."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxunlearn.benchmarks import BENCHMARKS
+from jaxunlearn.evaluation.metrics import auc_standard_error
+from jaxunlearn.registry import RETRAIN, get_method, names, sentence
+from jaxunlearn.results import published
+from jaxunlearn.results.rows import SHOWN, Row, summarize
+from jaxunlearn.results.sheets import Cell, Estimate, Sheet
+
+OFFICIAL = "the official protocol"
+COMPUTED = ("device", "precision")  # in what and on what: no part of what is computed
+INTERVAL = "± is half the 95% interval of the mean over seeds."
+ONE_ORIGINAL = (
+    "Weights were given, so all seeds unlearn from one original: what is said of their spread is of unlearning alone."
+)
+
+
+class Board(NamedTuple):
+    """Records of one benchmark that were made by one protocol, on one kind of device."""
+
+    bench: str
+    differs: Mapping[str, Any]  # from the benchmark's own protocol on a CPU, by field, and "device"
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def given(self) -> bool:
+        """Whether the original was given."""
+        return "init_weights" in self.differs
+
+    @property
+    def official(self) -> bool:
+        """Whether published rows may stand beside it: the benchmark's own protocol, or unlearning of given weights."""
+        own = (*COMPUTED, "init_weights", "resnet_shortcut") if self.given else COMPUTED  # a shortcut is the weights'
+        return set(self.differs) <= set(own)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """The benchmark, and in words what differs."""
+        settings = {"given weights": str(self.differs["init_weights"])[:8]} if self.given else {}
+        settings |= {name: value for name, value in self.differs.items() if name != "init_weights"}
+        texts = (f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items())
+        return {"bench": self.bench, "protocol": ", ".join(texts) or OFFICIAL}
+
+
+def boards(records: Iterable[Mapping[str, Any]]) -> list[Board]:
+    """The records by benchmark, protocol and kind of device: official protocols first, then given weights, then others.
+
+    Args:
+      records: as files have them, of benchmarks of the package.
+    """
+    groups: dict[str, Board] = {}
+    for record in records:
+        own = json.loads(json.dumps(dataclasses.asdict(BENCHMARKS[record["bench"]])))
+        differs = {name: value for name, value in record["protocol"].items() if name not in own or value != own[name]}
+        if (device := record["environment"]["device_kind"]) != "cpu":
+            differs["device"] = device
+        key = json.dumps([record["bench"], differs], sort_keys=True)
+        board = groups.setdefault(key, Board(record["bench"], differs, []))
+        groups[key] = board._replace(records=[*board.records, record])
+    order = list(BENCHMARKS)
+    return sorted(groups.values(), key=lambda b: (order.index(b.bench), not b.official, b.given, b.about["protocol"]))
+
+
+def results(board: Board) -> Sheet:
+    """All that the records say of each method, and what is published of them."""
+    rows = _rows_of(board)
+    cells = [_cells(row) for row in rows]
+    facts, notes = published.load(), _notes(board, rows)
+    if board.official and (others := published.rows_of(board.bench)):
+        nothing: dict[str, Cell] = dict.fromkeys(cells[0])
+        for row in others:
+            means: dict[str, Cell] = {name: Estimate(value, None) for name, value in row.values.items()}
+            label = row.label if row.rule in (None, row.name) else f"{row.label}: {row.rule}"
+            cells.append(nothing | means | {"method": row.name, "seeds": 1, "published": label})
+        notes += [f"Published rows: {facts['source']} ({facts['address']}, {facts['year']}). {facts['legend']}"]
+        notes += [facts["notes"][board.bench]] if board.bench in facts["notes"] else []
+    return Sheet(board.about, cells, notes, below="commands")
+
+
+def short(board: Board) -> Sheet:
+    """The scores of each method, and the published score of the same rule."""
+    rows = _rows_of(board)
+    kept = ("method", "variant", *SHOWN, "seeds")
+    cells = [{name: cell for name, cell in _cells(row).items() if name in ("rank", *kept)} for row in rows]
+    for row, shown in zip(rows, cells, strict=True):
+        other = _row_to_meet(board, row)
+        shown["published"] = None if other is None else f"{other.values['unlearn_score']:.{other.digits}f}"
+    return Sheet(board.about, cells, _notes(board, rows))
+
+
+def verdicts(board: Board) -> Sheet | None:
+    """Our seeds beside the published value of each quantity; None where nothing is published beside these records."""
+    cells: list[dict[str, Cell]] = []
+    for row in _rows_of(board):
+        if (other := _row_to_meet(board, row)) is None or not row.learned:
+            continue
+        for name, own in published.QUANTITIES.items():
+            found = published.agreement(list(row.values[own].values()), other.values[name], other.digits)
+            verdict = f"needs {published.FEWEST} seeds" if found.agrees is None else ("no", "yes")[found.agrees]
+            cells.append(
+                {
+                    "method": row.method,
+                    "row": f"{other.name}, {other.label}",
+                    "quantity": name,
+                    "published": other.values[name],
+                    "ours": found.mean,
+                    "s": found.std,
+                    "seeds": found.seeds,
+                    "difference": found.difference,
+                    "allowed": found.allowed,
+                    "agrees": "not a measurement" if other.broken else verdict,
+                }
+            )
+    return Sheet(board.about, cells, [ONE_ORIGINAL] if board.given else []) if cells else None
+
+
+def readings(board: Board) -> Sheet | None:
+    """How likely the published areas are if the attack saw clean, and if it saw augmented images of the members."""
+    if not board.official or board.bench not in published.load()["images"]:
+        return None
+    floor = auc_standard_error(*published.load()["images"][board.bench])
+    cells: list[dict[str, Cell]] = []
+    densities: list[dict[str, float]] = []  # of the rules that tell
+    for row in _rows_of(board):
+        if (other := _row_to_meet(board, row)) is None or not row.learned:
+            continue
+        area = other.values["forget_mia_auc"]
+        ours = {reading: list(row.values[own].values()) for reading, own in published.READINGS.items()}
+        why = _unread(row, other, ours, floor)
+        found = {} if why else {r: published.log_density(values, area, floor) for r, values in ours.items()}
+        densities += [found] if found else []
+        shown: dict[str, Cell] = {"method": row.method, "seeds": row.seeds, "published": area}
+        shown |= {f"{reading} images": row.mean.get(own) for reading, own in published.READINGS.items()}
+        shown |= {f"log density, {reading}": found.get(reading) for reading in ours}
+        cells.append(shown | {"left out": why})
+    if not cells:
+        return None
+    sums = {reading: sum(found[reading] for found in densities) for reading in published.READINGS}
+    last: dict[str, Cell] = dict.fromkeys(cells[0])
+    last |= {f"log density, {reading}": value for reading, value in sums.items() if densities}
+    cells.append(last | {"method": "sum"})
+    decided = published.decision(**sums)
+    said = "" if decided == "undecided" else " images of the members"
+    return Sheet(board.about, cells, [f"What this decides: {decided}{said}.", *([ONE_ORIGINAL] if board.given else [])])
+
+
+def rules() -> Sheet:
+    """What each rule that ships says of itself in its docstring."""
+    factories = {name: get_method(name).factory for name in names()}
+    said = ("Reads", "Differs", "Values")
+    return Sheet({}, [{"rule": name} | {word: sentence(f, word) for word in said} for name, f in factories.items()])
+
+
+def _rows_of(board: Board) -> list[Row]:
+    known = {record["method"] for record in board.records} & set(names())
+    return summarize(board.records, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known})
+
+
+def _row_to_meet(board: Board, row: Row) -> published.Published | None:
+    """The published row of the same rule with its own settings, where the protocol allows to compare."""
+    return published.row_to_meet(board.bench, row.method) if board.official and not row.variant else None
+
+
+def _unread(row: Row, other: published.Published, ours: Mapping[str, Sequence[float]], floor: float) -> str:
+    """Why an area tells nothing of what the attack saw; empty where it does."""
+    if other.broken:
+        return "not a measurement"
+    if few := [reading for reading, values in ours.items() if len(values) < published.FEWEST]:
+        return f"needs {published.FEWEST} seeds with an area of {' and of '.join(few)} images"
+    tied = abs(row.mean["forget_mia_auc"] - row.mean["forget_mia_auc_published"])
+    return "ties decide" if tied > floor else ""
+
+
+def _cells(row: Row) -> dict[str, Cell]:
+    shipped = row.method in (*names(), RETRAIN)
+    measured: dict[str, Cell] = {
+        name: Estimate(row.mean[name], row.half_width.get(name)) if name in row.mean else None
+        for name in (*SHOWN, "tug_of_war")
+    }
+    return {
+        "rank": "ref" if row.reference else row.rank,
+        "method": row.method,
+        "variant": row.variant,
+        **measured,
+        "seeds": row.seeds,
+        "runs": None if row.runs == row.seeds else row.runs,
+        "diverged": row.diverged or None,
+        "untrained": row.untrained or None,
+        "reads": get_method(row.method).reads if shipped else None,
+        "flags": row.said,
+        "hardware": row.devices,
+        "seconds": row.seconds,
+        "published": None,
+        "commands": row.commands,
+    }
+
+
+def _notes(board: Board, rows: Sequence[Row]) -> list[str]:
+    if not any(row.half_width for row in rows):
+        return []
+    return [f"{INTERVAL} {ONE_ORIGINAL}" if board.given else INTERVAL]

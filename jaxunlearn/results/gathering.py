@@ -1,0 +1,57 @@
+"""Records from files and folders, whoever wrote them: what is none is said in a line and left out."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from jaxunlearn.benchmarks import BENCHMARKS
+from jaxunlearn.errors import UserError, printable
+from jaxunlearn.results import records
+
+NAMES = "seed*.json"  # of records in folders; what is named itself may have any name
+# What the same run has in common with itself, whatever it was written by.
+RUN = ("bench", "method", "seed", "unlearn_seed", "protocol", "hyperparameters")
+
+
+def gather(places: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of all files, and of all folders' `seed*.json`, in the order of their paths.
+
+    Returns:
+      Records of this version, each run once, the first that is found; and a line for each file that was left out.
+
+    Raises:
+      UserError: one of the places does not exist.
+    """
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    refused = []
+    for path in dict.fromkeys(path for place in places for path in _files(place)):
+        try:
+            record = records.read(path)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        if record["bench"] not in BENCHMARKS:
+            refused.append(printable(f"left out {path}: there is no benchmark '{record['bench'][:60]}'"))
+            continue
+        first, _ = found.setdefault(_run_of(record), (path, record))
+        if first is not path:
+            refused.append(printable(f"left out {path}: the same run as {first}"))
+    return [record for _, record in found.values()], refused
+
+
+def _files(place: Path) -> Iterator[Path]:
+    if os.path.isdir(place):
+        for folder, folders, names in os.walk(place):  # follows no links, so it ends
+            folders.sort()
+            yield from (Path(folder) / name for name in sorted(names) if fnmatch(name, NAMES))
+    elif os.path.exists(place):
+        yield place
+    else:
+        raise UserError(f"{place}: no such file or folder")
+
+
+def _run_of(record: dict[str, Any], keys: Sequence[str] = RUN) -> str:
+    return json.dumps([*(record[key] for key in keys), record["environment"]["device_kind"]], sort_keys=True)
