@@ -6,7 +6,7 @@ from reading import FORGET, READABLE, RETAIN, declared, read_by
 from test_methods import context, every_method, model
 
 from jaxunlearn.methods.rule import Pass, UnlearningRule, init_state
-from jaxunlearn.registry import build_rule, get_method
+from jaxunlearn.registry import build_rule, get_method, sentence
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -53,3 +53,24 @@ def test_the_bits_tell_what_a_rule_reads():
     assert declared("nothing") == (set(), set())
     assert declared("retain images, a pass over forget") == ({*READABLE} - {"retain labels"}, {"forget"})
     assert declared("a pass over all") == ({*READABLE}, {"all"})
+
+
+@every_method
+def test_a_rule_says_what_it_changed_and_whose_its_values_are(name):
+    method = get_method(name)
+    differs, values = (sentence(method.factory, word) for word in ("Differs", "Values"))
+    assert differs and values
+    whose = ("the paper's", "the published code's", "the submission's", "the task's", "ours", "tuned on ")
+    assert values == "none" if not method.defaults else values.startswith(whose)
+
+
+def test_a_sentence_ends_at_a_full_stop_and_not_at_a_point():
+    def rule():
+        """One line.
+
+        Differs: Adam at 0.1 for
+        .5 epochs. Values: none of this."""
+
+    assert sentence(rule, "Differs") == "Adam at 0.1 for .5 epochs"
+    assert sentence(rule, "Values") == ""  # not the beginning of a line
+    assert sentence(None, "Reads") == ""

@@ -6,6 +6,10 @@ throughout: its running statistics are used and never move, its scale and bias l
 
 For classes and samples.
 
+Differs: nothing.
+
+Values: the submission's.
+
 Reads: retain, forget.
 """
 

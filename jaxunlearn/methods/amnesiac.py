@@ -2,8 +2,12 @@
 Chundawat et al. 2023, arXiv:2205.08096): CE(retain) + CE(forget, y'), y' one of the classes that are not an image's
 own, drawn once an image.
 
-Not the form that subtracts the logged updates of pretraining: there is no log. Two forwards in one step, retain first,
-where published code mixes both in one batch. For any forget set; published with Adam 1e-4 for 3 epochs.
+Not the form that subtracts the logged updates of pretraining: there is no log. For any forget set.
+
+Differs: two forwards in one step, retain first, where published code mixes both in one batch, and the protocol's Adam
+and steps in place of Adam 1e-4 for 3 epochs.
+
+Values: none.
 
 Reads: retain, forget.
 """

@@ -1,9 +1,13 @@
 """Bad teaching (Chundawat et al. 2023, arXiv:2205.08096): KL(t || student) on the retain and forget images together,
 where t is the pretrained model's softmax on retain images and a random model's on forget images; T = 1.
 
-The random model is the same network with fresh parameters. As in the published baseline it keeps the trained
-BatchNorm running statistics, which do not fit its weights (on MobileNetV2 its logits overflow); `reset_bn=True`
-gives it fresh ones.
+The random model is the same network with fresh parameters. `reset_bn=True` gives it fresh running statistics too.
+
+Differs: as in the task's baseline the random model keeps the trained BatchNorm running statistics, which do not fit its
+weights (on MobileNetV2 its logits overflow), and all retain images and the protocol's Adam stand for 30% of them and
+Adam 1e-4 for one epoch.
+
+Values: the task's.
 
 Reads: retain images, forget images.
 """

@@ -1,10 +1,14 @@
 """Boundary Shrink (Chen et al. 2023, CVPR, "Boundary Unlearning"): CE(forget, y'), y' the class that the pretrained
 model f0 answers to the image after an attack: argmax f0(x + eps sign grad_x CE(f0(x), y)).
 
-The attack is one step of FGSM of `eps` in pixels from 0 to 1, on the batch as it comes, on each of its three channels
-also where the image is grey; the attacked image is brought back to [0, 1] and to whole steps of 1/255. Where the attack
-fails, y' is the image's own label, which is then learned. For whole classes; BatchNorm sees forget images alone.
-Published with SGD.
+The attack is one step of FGSM of `eps` in pixels from 0 to 1; the attacked image is brought back to [0, 1] and to whole
+steps of 1/255. Where the attack fails, y' is the image's own label, which is then learned. For whole classes; BatchNorm
+sees forget images alone.
+
+Differs: the attack is on the batch as it comes, augmented, and on each of three channels also where the image is grey,
+and the protocol's Adam stands for SGD.
+
+Values: the paper's.
 
 Reads: forget.
 """

@@ -4,7 +4,11 @@ the last k layers learn.
 A layer is a convolution or linear layer with the BatchNorm behind it. The others are frozen, and so are their running
 statistics; while the rest learns, the batch normalises all layers. By default these are the last stage and the head of
 ResNet-20, the last two blocks and both linear layers of VGG-16-BN, the last two blocks, the last convolution and the
-head of MobileNetV2. For any forget set; published with SGD, k chosen by validation.
+head of MobileNetV2. For any forget set.
+
+Differs: one k for all, where the paper chooses it by validation, and the protocol's Adam in place of SGD.
+
+Values: ours.
 
 Reads: retain.
 """

@@ -1,9 +1,12 @@
 """DELETE (Zhou et al. 2025, arXiv:2503.23751): KL(t || student) on forget, where t is the pretrained model's softmax
 over the classes that are not an image's own.
 
-Made for whole classes where no retain images are left; BatchNorm sees forget images alone. Published with SGD 1e-4
-(5e-5 for CIFAR-100 and VGG), momentum 0.9, 20 epochs. Adam's steps are larger than those, and stay so when the
-gradient has become small.
+Made for whole classes where no retain images are left; BatchNorm sees forget images alone.
+
+Differs: the protocol's Adam, whose steps are larger and stay so when the gradient has become small, in place of SGD
+1e-4 (5e-5 for CIFAR-100 and VGG) with momentum 0.9.
+
+Values: none.
 
 Reads: forget.
 """

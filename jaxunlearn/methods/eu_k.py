@@ -1,8 +1,12 @@
 """Exact unlearning of the last k layers (Goel et al. 2022, arXiv:2201.06640, EU-k): the last k layers are initialised
 afresh, BatchNorm statistics too, and then learn as in CF-k: CE(retain), all other layers frozen.
 
-For any forget set. Published with the schedule of training; here the fresh layers have the fixed steps of unlearning
-alone. Which layers the last k are: see `cf_k`.
+For any forget set. Which layers the last k are: see `cf_k`.
+
+Differs: the fresh layers have the steps of unlearning alone, with the protocol's Adam, where the paper gives them the
+schedule of training, and k is one for all.
+
+Values: ours.
 
 Reads: retain.
 """

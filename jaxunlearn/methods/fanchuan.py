@@ -4,11 +4,13 @@ First phase: KL(U || p) on forget. Then in every step, with f the logits, first 
 the retain images of the batch, so that none is more alike than another, f_r without a gradient, one forward of forget
 and one of retain; then CE(retain).
 
-There the first phase is one epoch of the forget set and eight follow, each a whole epoch of forget and a whole one of
-retain, with three SGD optimizers at 5e-3, 3e-4 (cosine) and 1e-3. Here it is a ninth of all steps, each later step
-takes one batch of both, the same retain batch twice, and all share Adam's moments. All forwards are in train mode.
+All forwards are in train mode. For classes and samples. Its loss is what is descended last.
 
-For classes and samples. Its loss is what is descended last.
+Differs: the first phase is a ninth of all steps, each later step takes one batch of both, the same retain batch twice,
+and all share Adam's moments, where it has an epoch of the forget set first and then eight, each a whole one of forget
+and a whole one of retain, with three SGD optimizers at 5e-3, 3e-4 (cosine) and 1e-3.
+
+Values: the published code's.
 
 Reads: retain, forget images.
 """

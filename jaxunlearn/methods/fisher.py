@@ -3,10 +3,14 @@
 F = mean over retain of sum_y p_y(x) (gradient of log p_y(x))^2, in eval mode. A weight w becomes w + sqrt(v) xi, xi
 normal. v = alpha / (F + 1e-8), 1 / (F + 1e-8) at most 1000, in the head 100; of kernels it is the mean over input
 channels. The head's weights and bias of the forgotten class are 0 before, their v is 1e-4. In the head, in biases and
-BatchNorm all v are ten times as large. This is the paper's code; in the paper the noise is F^(-1/4), there F^(-1/2).
+BatchNorm all v are ten times as large.
 
-No step, so no Adam. A gradient a class of one image at a time takes long, so `images` are drawn; the paper takes all,
-as 0 does. For classes.
+No step, so no Adam. A gradient a class of one image at a time takes long. For classes.
+
+Differs: `images` are drawn where the paper takes all, as 0 does, and the noise is F^(-1/2) as in the paper's code,
+where the paper has F^(-1/4).
+
+Values: the published code's, for `images` ours.
 
 Reads: a pass over retain images.
 """

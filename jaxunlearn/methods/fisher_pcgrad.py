@@ -4,10 +4,14 @@ g_r: of CE(retain) + T^2 KL(p || t), student first, t the pretrained model's sof
 g_f: of T^2 KL(p' || .25 t' + .75 U') on forget, p', t' and U' being p, t and the uniform answer without the forgotten
 class, + mean p_c, its probability (T = 1). `teacher_first` turns both KLs round.
 I = .9 I + .1 g_r^2; g_f / (1 + 40 sqrt I); g_f projected off g_r where <g_r, g_f> < 0, over all tensors; then
-g = g_r + min(1, (epoch + 1) / 4) min(1, ||g_r|| / ||g_f||) g_f. How I begins is not published: with the first g_r^2.
+g = g_r + min(1, (epoch + 1) / 4) min(1, ||g_r|| / ||g_f||) g_f.
 Two forwards in train mode, retain first; the pretrained model is in eval mode.
 
 For classes. Its loss is that of retain.
+
+Differs: I begins with the first g_r^2, since how it begins is not published.
+
+Values: the submission's.
 
 Reads: retain, forget images.
 """

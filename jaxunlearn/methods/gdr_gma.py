@@ -5,8 +5,12 @@ the other. From the second epoch g_f of the last tensor, the head's bias, is pro
 those of the last epoch's g_f (this step's included, none projected) that point away from it: a memory bank.
 g = (1 - l) g_r + l g_f, l = sigmoid(-100 (CE(retain) - .02)). Two forwards in train mode, retain first.
 
-There with AdamW at 1e-4. Its code projects g_f off g_r as already projected, and adds to the bank as it averages; here
-both are projected as they were, and the bank is only read. For classes and samples. Its loss is CE(retain).
+For classes and samples. Its loss is CE(retain).
+
+Differs: both gradients are projected as they were and the bank is only read, where the published code projects g_f off
+g_r as already projected and adds to the bank as it averages, and the protocol's Adam stands for AdamW at 1e-4.
+
+Values: the published code's.
 
 Reads: retain, forget.
 """

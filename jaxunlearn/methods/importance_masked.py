@@ -3,9 +3,13 @@
 g = g_r - a m g_f + .1 g_h, the gradients of CE(retain), of CE(forget) and of minus the entropy on forget. Tensor by
 tensor m = 1 - sigmoid(10 i), with i = ||g_r|| over the largest ||g_r|| of any tensor. a = .3, .24 where E > 1, .15
 where E > 2, with E = .1 CE(retain) + .9 E, the step's own loss included. g is clipped to global norm 5.
-How E begins is not published: here with the first step's loss. Two forwards in train mode, retain first.
+Two forwards in train mode, retain first.
 
 For classes and samples. Its loss is CE(retain): what it descends is the gradient of no loss.
+
+Differs: E begins with the first step's loss, since how it begins is not published.
+
+Values: the submission's.
 
 Reads: retain, forget.
 """

@@ -1,8 +1,12 @@
 """l1-sparse unlearning (Jia et al. 2023, arXiv:2304.04934, "sparsity-aware unlearning"):
 CE(retain) + gamma (1 - epoch / epochs) ||theta||_1, over all parameters, those of BatchNorm too.
 
-For any forget set; published with SGD 0.01 for 10 epochs. Under Adam gamma is no rate at which weights shrink: one
-whose gradient is smaller than gamma loses up to 1e-3 a step, whatever gamma is.
+For any forget set.
+
+Differs: the protocol's Adam in place of SGD 0.01 for 10 epochs, so gamma is no rate at which weights shrink: one whose
+gradient is smaller than gamma loses up to 1e-3 a step, whatever gamma is.
+
+Values: ours.
 
 Reads: retain.
 """

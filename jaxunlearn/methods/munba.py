@@ -1,11 +1,16 @@
 """A bargain of keeping and forgetting (Wu et al. 2024, arXiv:2411.15537, the closed form for two players).
 
 g = a_r g_r + a_f g_f, with g_r of CE(retain) and g_f of CE(forget) with random labels, drawn anew in each step, of any
-class. The Nash solution is the bisector at length sqrt 2: a = 1 / (||g|| sqrt(1 + cos(g_r, g_f))) for each of the two,
-which is the published form without its 0 / 0 where they are orthogonal. Where they are opposite, or one is 0, there is
-no bargain and g = g_r + .1 g_f. g is clipped to global norm 1. Two forwards in train mode, retain first.
+class. The Nash solution is the bisector at length sqrt 2: a = 1 / (||g|| sqrt(1 + cos(g_r, g_f))) for each of the two.
+Where they are opposite, or one is 0, there is no bargain and g = g_r + .1 g_f. g is clipped to global norm 1. Two
+forwards in train mode, retain first.
 
-There with SGD; Adam does not see the length of g, only its direction. For classes and samples. Its loss is CE(retain).
+For classes and samples. Its loss is CE(retain).
+
+Differs: a is the published form without its 0 / 0 where the two are orthogonal, and the protocol's Adam, which sees
+only the direction of g and not its length, stands for SGD.
+
+Values: the published code's.
 
 Reads: retain, forget images.
 """

@@ -1,7 +1,11 @@
 """NoT (Khalil et al. 2025, arXiv:2503.05657): the kernel of the first convolution is multiplied by -1, once; then
 CE(retain).
 
-For any forget set. The paper's federated rounds of finetuning are the steps of unlearning here.
+For any forget set.
+
+Differs: the paper's federated rounds of finetuning are the steps of unlearning.
+
+Values: none.
 
 Reads: retain.
 """

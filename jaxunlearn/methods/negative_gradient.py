@@ -2,6 +2,10 @@
 
 Two forwards in train mode, retain first: BatchNorm's running statistics move twice a step.
 
+Differs: nothing.
+
+Values: the task's.
+
 Reads: retain, forget.
 """
 

@@ -3,6 +3,10 @@
 It takes no step and erases nothing: all other weights are the pretrained model's. What a measure says of it, it says of
 hiding, not of forgetting.
 
+Differs: nothing, since no paper has it as a rule.
+
+Values: none.
+
 Reads: nothing.
 """
 

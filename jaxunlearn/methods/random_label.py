@@ -1,8 +1,12 @@
 """Random labels (a baseline of Golatkar et al. 2020, arXiv:1911.04933, in the form of Fan et al. 2024,
 arXiv:2310.12508): CE(retain) + CE(forget, y'), y' uniform over all classes, drawn anew in every step.
 
-Two forwards in one step, retain first, where published code steps on each in turn. For any forget set; published with
-SGD. Under Adam the two terms share their moments.
+For any forget set.
+
+Differs: two forwards in one step, retain first, where published code steps on each in turn, and the protocol's Adam,
+whose moments the two terms share, in place of SGD.
+
+Values: none.
 
 Reads: retain, forget images.
 """

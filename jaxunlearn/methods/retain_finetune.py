@@ -1,5 +1,9 @@
 """Finetuning on what is kept: CE(retain). The forget batch is never looked at, so BatchNorm sees retain images only.
 
+Differs: nothing.
+
+Values: none.
+
 Reads: retain.
 """
 

@@ -1,8 +1,12 @@
 """Reverse cross-entropy: CE(retain) - mean log(1 - p_y(forget)), y an image's own label.
 
 Its gradient with respect to the logits of a forget image is p - q, q the model's own softmax over the other classes: it
-teaches what DELETE (arXiv:2503.23751) does with the model itself as its teacher, and vanishes as p_y does. No paper of
-its own. Two forwards in one step, retain first. For any forget set.
+teaches what DELETE (arXiv:2503.23751) does with the model itself as its teacher, and vanishes as p_y does. Two forwards
+in one step, retain first. For any forget set.
+
+Differs: nothing, since it has no paper of its own.
+
+Values: none.
 
 Reads: retain, forget.
 """

@@ -2,9 +2,13 @@
 anew in every step; only weights learn in which the loss of the forget set is steepest: the `share` of all parameters
 together with the largest |sum over forget of grad CE|, of the pretrained model in eval mode.
 
-Two forwards in one step, retain first, where published code steps on each in turn. For any forget set; published with
-SGD 0.013 for 10 epochs. A weight outside the mask has a gradient of zero, of which Adam makes no step; BatchNorm's
+For any forget set. A weight outside the mask has a gradient of zero, of which Adam makes no step; BatchNorm's
 statistics move in all layers.
+
+Differs: two forwards in one step, retain first, where published code steps on each in turn, and the protocol's Adam in
+place of SGD 0.013 for 10 epochs.
+
+Values: the paper's.
 
 Reads: retain, forget images, a pass over forget.
 """

@@ -1,7 +1,12 @@
 """SCRUB (Kurmanji et al. 2023, arXiv:2302.09880): away from the teacher on forget, towards it on retain.
 
 With d(x) = T^2 KL(teacher || student) at temperature T: while epoch < `forget_epochs` one Adam step on -d(forget);
-then, in every epoch, one Adam step on gamma CE(retain) + alpha d(retain). Both directions share Adam's moments.
+then, in every epoch, one Adam step on gamma CE(retain) + alpha d(retain).
+
+Differs: the two directions take turns step by step and share the moments of the protocol's Adam, where the paper's take
+turns epoch by epoch, with SGD 5e-4.
+
+Values: the task's.
 
 Reads: retain, forget images.
 """

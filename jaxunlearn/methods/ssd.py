@@ -3,8 +3,12 @@
 I = mean over batches of (gradient of the batch's CE)^2, for all training images and for those to be forgotten, in eval
 mode. Where I_f > alpha I_all a weight becomes min(lambda I_all / I_f, 1) times what it was; `dampening` is lambda.
 
-No step, so no Adam. For classes and samples. Batches are the protocol's, in file order, which is a random one in the
-benchmarks' data sets: of batches of one class each, I_all would be too large.
+No step, so no Adam. For classes and samples.
+
+Differs: batches are the protocol's, in file order, which is a random one in the benchmarks' data sets (of batches of
+one class each, I_all would be too large).
+
+Values: the paper's.
 
 Reads: a pass over all, a pass over forget.
 """

@@ -1,9 +1,14 @@
 """UNSIR (Tarun et al. 2023, arXiv:2111.08947): images N are learned before the first step, which the model takes least
 for the forgotten class c: min -CE(f0(N), c) + 0.1 mean ||N||^2. Impair: CE(retain and N together, N labelled c); then
-repair: CE(retain). The first `impair` of the epochs impairs; published is one epoch of each.
+repair: CE(retain). The first `impair` of the epochs impairs.
 
 For a whole class, of which no image need be left. N is learned from noise with its own Adam, as published: `rate` 0.1,
-25 `steps`, `images` 32, in eval mode. Published with Adam 1e-4 for the model, whose steps here are the fixed ones.
+25 `steps`, `images` 32, in eval mode.
+
+Differs: half the epochs impair and half repair, where the paper has one epoch of each, and the model learns by the
+protocol's Adam in place of Adam 1e-4.
+
+Values: the paper's.
 
 Reads: retain.
 """

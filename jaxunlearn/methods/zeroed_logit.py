@@ -5,6 +5,10 @@ the forgotten class's set to 0; the means are over images and classes. Two forwa
 
 For classes.
 
+Differs: nothing.
+
+Values: the submission's.
+
 Reads: retain images, forget images.
 """
 
