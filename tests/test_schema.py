@@ -13,7 +13,7 @@ from jaxunlearn.results.records import read
 from jaxunlearn.results.schema import VERSION, check, load_schema, upgrade
 
 RESULTS = Path(__file__).parent.parent / "results"
-COMMITTED = sorted(RESULTS.glob("*/*/seed*.json"))
+COMMITTED = sorted(RESULTS.glob("**/seed*.json"))
 NEW = ("schema", "unlearn_seed", "forget_mia_auc_augmented", "companions", "curves", "flags", "rule_digest", "command")
 
 

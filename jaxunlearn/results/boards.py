@@ -153,7 +153,9 @@ def rules() -> Sheet:
     """What each rule that ships says of itself in its docstring."""
     factories = {name: get_method(name).factory for name in names()}
     said = ("Reads", "Differs", "Values")
-    return Sheet({}, [{"rule": name} | {word: sentence(f, word) for word in said} for name, f in factories.items()])
+    return Sheet(
+        {}, [{"rule": name} | {word.lower(): sentence(f, word) for word in said} for name, f in factories.items()]
+    )
 
 
 def _rows_of(board: Board) -> list[Row]:

@@ -1,0 +1,168 @@
+"""Boards: which records belong together, what a row says, and what is published beside it."""
+
+import pytest
+from example_record import diverged_record, example_record
+
+from jaxunlearn.benchmarks import BENCHMARKS
+from jaxunlearn.evaluation.metrics import auc_standard_error
+from jaxunlearn.registry import names
+from jaxunlearn.results import boards as made
+from jaxunlearn.results.published import log_density
+from jaxunlearn.results.sheets import Estimate
+
+RESNET, VGG, DIGITS = "resnet20-cifar10-class0", "vgg16bn-cifar100-class0", "resnet20-digits-class0"
+SCRUB = {"temperature": 4.0, "gamma": 0.99, "alpha": 0.01, "forget_epochs": 2}
+
+
+def record(
+    method="scrub", seed=0, bench=RESNET, values=None, protocol=None, device=None, make=example_record, **changes
+):
+    """A record of a benchmark's own protocol but for the fields in `protocol`."""
+    own = BENCHMARKS[bench]
+    fields = {**vars(own), "mean": list(own.mean), "std": list(own.std)} | (protocol or {})
+    new = make(method=method, bench=bench, seed=seed, hyperparameters={}, protocol=fields) | (values or {})
+    if device:
+        new["environment"]["device_kind"] = device
+    return new | changes
+
+
+def areas(clean, augmented, tied=None):
+    values = {"forget_mia_auc": clean, "forget_mia_auc_augmented": augmented}
+    return values | {"forget_mia_auc_published": clean if tied is None else tied}
+
+
+def test_benchmarks_protocols_and_devices_are_boards_of_their_own_official_ones_first():
+    records = [
+        record(bench=VGG),
+        record(protocol={"pretrain_epochs": 8, "new_field": [1]}),
+        record(protocol={"init_weights": "9004c790d0d2"}),
+        record(),
+        record(seed=1),
+        record(device="NVIDIA H200", protocol={"precision": "tf32"}),
+    ]
+    found = made.boards(records)
+    assert [(board.about["bench"], board.about["protocol"], len(board.records), board.official) for board in found] == [
+        (RESNET, "precision tf32, device NVIDIA H200", 1, True),
+        (RESNET, "the official protocol", 2, True),
+        (RESNET, "given weights 9004c790", 1, True),
+        (RESNET, "pretrain_epochs 8, new_field [1]", 1, False),
+        (VGG, "the official protocol", 1, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "official"),
+    [
+        ({"resnet_shortcut": "A"}, False),
+        ({"resnet_shortcut": "A", "init_weights": "0"}, True),  # the weights' own
+        ({"mia_augment": True}, False),
+        ({"unlearn_epochs": 1, "init_weights": "0"}, False),
+    ],
+)
+def test_published_rows_stand_beside_the_official_protocol_alone(changes, official):
+    (board,) = made.boards([record(protocol=changes)])
+    assert board.official is official
+    labels = {row["published"] for row in made.results(board).rows} - {None}
+    assert (
+        bool(labels) is official and bool(made.verdicts(board)) is official and bool(made.readings(board)) is official
+    )
+    assert any("Published rows" in note for note in made.results(board).notes) is official
+    assert ({row["published"] for row in made.short(board).rows} == {None, "0.8115"}) is official
+
+
+def test_a_row_says_all_that_its_records_do():
+    rows = [record(seed=seed, hyperparameters=SCRUB, command=f"run {seed}") for seed in (0, 1)]
+    rows.append(record(seed=2, hyperparameters=SCRUB, make=diverged_record))
+    (board,) = made.boards([*rows, record("mine", hyperparameters={"a": 1}, command=None)])
+    _, shown, mine = made.results(board).rows[:3]
+    assert shown["retain_acc"] == Estimate(0.9, 0.0) and shown["tug_of_war"] == Estimate(0.7, 0.0)
+    expected = {"rank": 1, "method": "scrub", "variant": "", "seeds": 3, "diverged": 1, "untrained": None}
+    expected |= {"reads": "retain, forget images", "hardware": ("a processor, 2 cores",), "seconds": 27.0}
+    assert {name: shown[name] for name in expected} == expected
+    assert shown["commands"] == ("run 0", "run 1", rows[2]["command"]) and shown["runs"] is None
+    assert (mine["variant"], mine["reads"], mine["commands"], mine["rank"]) == ("a=1", None, (), None)
+
+
+def test_hyperparameters_in_a_file_are_lists_and_still_the_rules_own():
+    (board,) = made.boards([record("importance_masked", hyperparameters={"ascent": [0.3, 0.24, 0.15]})])
+    assert made.results(board).rows[1]["variant"] == ""
+    (row, *_) = made.verdicts(board).rows
+    assert row["row"] == "deepseek-reasoner, agent"
+
+
+def test_given_weights_are_said_to_be_one_original():
+    given = {"init_weights": "0" * 64}
+    (board,) = made.boards([record(seed=seed, protocol=given) for seed in range(3)])
+    for sheet in (made.results(board), made.verdicts(board), made.readings(board)):
+        assert any("one original" in note for note in sheet.notes)
+    (board,) = made.boards([record(seed=seed) for seed in range(3)])
+    assert not any("one original" in note for note in made.verdicts(board).notes)
+
+
+def test_a_verdict_takes_three_seeds_the_rules_own_settings_and_a_model_that_learned():
+    values = [{"retain_acc": 0.88 + 0.002 * seed, "forget_acc": 0.0} for seed in range(3)]
+    three = [record(seed=seed, values=one, hyperparameters=SCRUB) for seed, one in enumerate(values)]
+    two = [record("bad_teacher", seed) for seed in (0, 1)]
+    other = [record("retain_finetune", hyperparameters={"x": 1}), record("negative_gradient", make=diverged_record)]
+    (board,) = made.boards([*three, *two, *other])
+    found = {(row["method"], row["quantity"]): row for row in made.verdicts(board).rows}
+    assert {method for method, _ in found} == {"scrub", "bad_teacher"}
+    near, far = found["scrub", "retain_acc"], found["scrub", "forget_acc"]  # published .8787 and .005
+    assert near["difference"] == pytest.approx(0.0033) and near["allowed"] == pytest.approx(0.00999, abs=1e-4)
+    assert (near["agrees"], far["agrees"]) == ("yes", "no")
+    assert found["bad_teacher", "forget_mia_auc"]["agrees"] == "needs 3 seeds"
+
+
+def test_the_official_score_and_area_are_compared_by_the_published_tie_rule():
+    (board,) = made.boards([record(values={"forget_mia_auc_published": 0.3, "unlearn_score_published": 0.7})])
+    ours = {row["quantity"]: row["ours"] for row in made.verdicts(board).rows}
+    assert (ours["forget_mia_auc"], ours["unlearn_score"]) == (0.3, 0.7)
+
+
+def test_a_row_that_is_no_measurement_has_no_verdict_and_no_reading():
+    bench = "mobilenetv2-fmnist-class0"
+    (board,) = made.boards([record("bad_teacher", seed, bench) for seed in range(3)])
+    assert {row["agrees"] for row in made.verdicts(board).rows} == {"not a measurement"}
+    assert made.readings(board).rows[0]["left out"] == "not a measurement"
+
+
+def test_readings_are_summed_over_the_rules_that_tell():
+    # Published: scrub .4393, retain_finetune .4512: what augmented images give here.
+    ours = {"scrub": (0.55, 0.44), "retain_finetune": (0.56, 0.45)}
+    records = [
+        record(method, seed, values=areas(clean + 0.01 * seed, augmented + 0.01 * seed))
+        for method, (clean, augmented) in ours.items()
+        for seed in range(-1, 2)
+    ]
+    records += [record("negative_gradient", seed, values=areas(0.5, 0.5, tied=0.1)) for seed in range(3)]
+    records += [record("bad_teacher", seed) for seed in range(2)]
+    sheet = made.readings(made.boards(records)[0])
+    found = {row["method"]: row for row in sheet.rows}
+    floor = auc_standard_error(5000, 1000)
+    expected = log_density([0.54, 0.55, 0.56], 0.4393, floor), log_density([0.43, 0.44, 0.45], 0.4393, floor)
+    scrub = found["scrub"]["log density, clean"], found["scrub"]["log density, augmented"]
+    assert scrub == pytest.approx(expected)
+    for reading in ("log density, clean", "log density, augmented"):
+        parts = found["scrub"][reading] + found["retain_finetune"][reading]
+        assert found["sum"][reading] == pytest.approx(parts)
+    assert found["negative_gradient"]["left out"] == "ties decide"
+    assert found["bad_teacher"]["left out"].startswith("needs 3 seeds with an area of clean and")
+    assert sheet.notes == ["What this decides: augmented images of the members."]
+
+
+def test_without_three_seeds_nothing_is_decided():
+    old = [record(seed=seed, values=areas(0.4, None)) for seed in range(3)]
+    sheet = made.readings(made.boards(old)[0])
+    assert sheet.rows[0]["left out"] == "needs 3 seeds with an area of augmented images"
+    assert sheet.rows[-1]["log density, clean"] is None and sheet.notes == ["What this decides: undecided."]
+
+
+def test_nothing_is_published_of_the_digits():
+    (board,) = made.boards([record(bench=DIGITS)])
+    assert made.verdicts(board) is None and made.readings(board) is None
+    assert {row["published"] for row in made.results(board).rows} == {None}
+
+
+def test_the_table_of_rules_has_all_of_them_and_no_empty_cell():
+    rows = made.rules().rows
+    assert [row["rule"] for row in rows] == names() and all(all(row.values()) for row in rows)
