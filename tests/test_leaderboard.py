@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,16 @@ def test_a_terminal_without_unicode_gets_escapes(tmp_path, monkeypatch):
     assert script("leaderboard", ["runs"]) == 0
     stream.seek(0)
     assert "0.9000 \\xb1 0.0000" in stream.read()
+
+
+def test_whoever_stops_reading_ends_nothing(tmp_path, monkeypatch):
+    put(tmp_path / "runs" / "seed0.json", example_record())
+    monkeypatch.chdir(tmp_path)
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        assert script("leaderboard", ["runs"]) == 0
 
 
 @fuzzed(40)

@@ -7,10 +7,10 @@ BatchNorm all v are ten times as large.
 
 No step, so no Adam. A gradient a class of one image at a time takes long. For classes.
 
-Differs: `images` are drawn where the paper takes all, as 0 does, and the noise is F^(-1/2) as in the paper's code,
+Differs: some images are drawn where the paper takes all, as 0 does, and the noise is F^(-1/2) as in the paper's code,
 where the paper has F^(-1/4).
 
-Values: the published code's, for `images` ours.
+Values: the published code's, for images ours.
 
 Reads: a pass over retain images.
 """

@@ -3,7 +3,7 @@
 As `ssd`, with I = mean over batches of |gradient of mean ||z||^2|, z the logits of an image, the inner mean over the
 batch. No step, so no Adam. For classes and samples.
 
-Differs: its batches are the protocol's, in file order, as those of `ssd`.
+Differs: its batches are the protocol's, in file order, as those of ssd.
 
 Values: the paper's.
 

@@ -12,7 +12,7 @@ from jaxunlearn.results import published
 from jaxunlearn.results.rows import SHOWN, Row, summarize
 from jaxunlearn.results.sheets import Cell, Estimate, Sheet
 
-OFFICIAL = "the official protocol"
+OWN = "the benchmark's own protocol"
 COMPUTED = ("device", "precision")  # in what and on what: no part of what is computed
 INTERVAL = "± is half the 95% interval of the mean over seeds."
 ONE_ORIGINAL = (
@@ -44,7 +44,7 @@ class Board(NamedTuple):
         settings = {"given weights": str(self.differs["init_weights"])[:8]} if self.given else {}
         settings |= {name: value for name, value in self.differs.items() if name != "init_weights"}
         texts = (f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items())
-        return {"bench": self.bench, "protocol": ", ".join(texts) or OFFICIAL}
+        return {"bench": self.bench, "protocol": ", ".join(texts) or OWN}
 
 
 def boards(records: Iterable[Mapping[str, Any]]) -> list[Board]:
@@ -53,17 +53,20 @@ def boards(records: Iterable[Mapping[str, Any]]) -> list[Board]:
     Args:
       records: as files have them, of benchmarks of the package.
     """
-    groups: dict[str, Board] = {}
+    groups: dict[str, tuple[str, dict[str, Any], list[Mapping[str, Any]]]] = {}
     for record in records:
         own = json.loads(json.dumps(dataclasses.asdict(BENCHMARKS[record["bench"]])))
         differs = {name: value for name, value in record["protocol"].items() if name not in own or value != own[name]}
         if (device := record["environment"]["device_kind"]) != "cpu":
             differs["device"] = device
         key = json.dumps([record["bench"], differs], sort_keys=True)
-        board = groups.setdefault(key, Board(record["bench"], differs, []))
-        groups[key] = board._replace(records=[*board.records, record])
+        groups.setdefault(key, (record["bench"], differs, []))[2].append(record)
     order = list(BENCHMARKS)
-    return sorted(groups.values(), key=lambda b: (order.index(b.bench), not b.official, b.given, b.about["protocol"]))
+
+    def place(board: Board) -> tuple[Any, ...]:
+        return order.index(board.bench), not board.official, board.given, len(board.differs), board.about["protocol"]
+
+    return sorted((Board(*group) for group in groups.values()), key=place)
 
 
 def results(board: Board) -> Sheet:
@@ -105,7 +108,7 @@ def verdicts(board: Board) -> Sheet | None:
             cells.append(
                 {
                     "method": row.method,
-                    "row": f"{other.name}, {other.label}",
+                    "row": other.label if other.name == row.method else f"{other.label}: {other.name}",
                     "quantity": name,
                     "published": other.values[name],
                     "ours": found.mean,
@@ -141,9 +144,9 @@ def readings(board: Board) -> Sheet | None:
     if not cells:
         return None
     sums = {reading: sum(found[reading] for found in densities) for reading in published.READINGS}
-    last: dict[str, Cell] = dict.fromkeys(cells[0])
-    last |= {f"log density, {reading}": value for reading, value in sums.items() if densities}
-    cells.append(last | {"method": "sum"})
+    if densities:
+        last: dict[str, Cell] = {f"log density, {reading}": value for reading, value in sums.items()}
+        cells.append(dict.fromkeys(cells[0]) | {"method": "sum"} | last)
     decided = published.decision(**sums)
     said = "" if decided == "undecided" else " images of the members"
     return Sheet(board.about, cells, [f"What this decides: {decided}{said}.", *([ONE_ORIGINAL] if board.given else [])])
