@@ -90,6 +90,17 @@ def test_hyperparameters_in_a_file_are_lists_and_still_the_rules_own():
     assert row["row"] == "agent: deepseek-reasoner"
 
 
+def test_rules_of_others_that_share_a_name_are_rows_of_their_own():
+    digests = ("a" * 64, "b" * 64, None)
+    records = [record("mine", rule_digest=digest) for digest in digests]
+    records += [record("scrub", seed, rule_digest=digest * 64) for seed, digest in enumerate("ab")]
+    (board,) = made.boards(records)
+    found = {row["method"] for row in made.results(board).rows if row["published"] is None}
+    assert found == {"pretrained", "mine aaaaaaaa", "mine bbbbbbbb", "mine None", "scrub"}
+    (board,) = made.boards(records[:1])
+    assert made.results(board).rows[1]["method"] == "mine"
+
+
 def test_given_weights_are_said_to_be_one_original():
     given = {"init_weights": "0" * 64}
     (board,) = made.boards([record(seed=seed, protocol=given) for seed in range(3)])

@@ -53,10 +53,13 @@ def test_what_is_no_record_is_a_line_and_costs_the_others_nothing(tmp_path):
 
 def test_a_run_counts_once(tmp_path):
     first = put(tmp_path / "a" / "seed0.json", example_record(finished_at="2026-01-01T00:00:00"))
-    again = put(tmp_path / "b" / "seed0.json", example_record(finished_at="2026-02-01T00:00:00", retain_acc=0.5))
+    later = {"finished_at": "2026-02-01T00:00:00", "rule_digest": "0" * 64, "retain_acc": 0.5}
+    again = put(tmp_path / "b" / "seed0.json", example_record(**later))
     put(tmp_path / "c" / "seed0.json", example_record(hyperparameters={"temperature": 2.0}))
+    for name, digest in (("d", "d" * 64), ("e", "e" * 64)):  # rules of others, of one name
+        put(tmp_path / name / "seed0.json", example_record(method="mine", rule_digest=digest))
     found, refused = gather([tmp_path])
-    assert [record["retain_acc"] for record in found] == [0.9, 0.9]
+    assert [(record["method"], record["retain_acc"]) for record in found] == [("scrub", 0.9)] * 2 + [("mine", 0.9)] * 2
     assert refused == [f"left out {again}: the same run as {first}"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Board(NamedTuple):
 
     bench: str
     differs: Mapping[str, Any]  # from the benchmark's own protocol on a CPU, by field, and "device"
-    records: Sequence[Mapping[str, Any]]
+    records: Sequence[dict[str, Any]]
 
     @property
     def given(self) -> bool:
@@ -47,13 +48,13 @@ class Board(NamedTuple):
         return {"bench": self.bench, "protocol": ", ".join(texts) or OWN}
 
 
-def boards(records: Iterable[Mapping[str, Any]]) -> list[Board]:
+def boards(records: Iterable[dict[str, Any]]) -> list[Board]:
     """The records by benchmark, protocol and kind of device: official protocols first, then given weights, then others.
 
     Args:
       records: as files have them, of benchmarks of the package.
     """
-    groups: dict[str, tuple[str, dict[str, Any], list[Mapping[str, Any]]]] = {}
+    groups: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {}
     for record in records:
         own = json.loads(json.dumps(dataclasses.asdict(BENCHMARKS[record["bench"]])))
         differs = {name: value for name, value in record["protocol"].items() if name not in own or value != own[name]}
@@ -162,8 +163,18 @@ def rules() -> Sheet:
 
 
 def _rows_of(board: Board) -> list[Row]:
+    """The rows of a board. Rules of others that share a name are told apart by their digests."""
+    shipped = (*names(), RETRAIN)
+    digests = {(record["method"], record["rule_digest"]) for record in board.records}
+    shared = Counter(method for method, _ in digests if method not in shipped)
+    named = [
+        record | {"method": f"{record['method']} {str(record['rule_digest'])[:8]}"}
+        if shared[record["method"]] > 1
+        else record
+        for record in board.records
+    ]
     known = {record["method"] for record in board.records} & set(names())
-    return summarize(board.records, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known})
+    return summarize(named, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known})
 
 
 def _row_to_meet(board: Board, row: Row) -> published.Published | None:

@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from jaxunlearn.benchmarks import BENCHMARKS
 from jaxunlearn.errors import UserError, printable
+from jaxunlearn.registry import RETRAIN, names
 from jaxunlearn.results import records
 
 NAMES = "seed*.json"  # of records in folders; what is named itself may have any name
@@ -53,5 +54,8 @@ def _files(place: Path) -> Iterator[Path]:
         raise UserError(f"{place}: no such file or folder")
 
 
-def _run_of(record: dict[str, Any], keys: Sequence[str] = RUN) -> str:
-    return json.dumps([*(record[key] for key in keys), record["environment"]["device_kind"]], sort_keys=True)
+def _run_of(record: dict[str, Any]) -> str:
+    # A rule that ships is one rule in all its versions; others may share a name.
+    digest = None if record["method"] in (*names(), RETRAIN) else record["rule_digest"]
+    parts = [*(record[key] for key in RUN), record["environment"]["device_kind"], digest]
+    return json.dumps(parts, sort_keys=True)
