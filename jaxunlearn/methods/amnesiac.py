@@ -15,7 +15,7 @@ Reads: retain, forget.
 import jax
 
 from jaxunlearn.ingredients.labels import wrong_labels
-from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, descend, init_state
+from jaxunlearn.methods.rule import UnlearningRule, descend, init_state, relabelled
 
 
 def rule(context) -> UnlearningRule:
@@ -25,12 +25,6 @@ def rule(context) -> UnlearningRule:
     def step(params, state, retain, forget):
         key = jax.random.wrap_key_data(state.extra)
         wrong = wrong_labels(key, forget.indices, forget.labels, context.num_classes)
-
-        def loss(student):
-            logits = student(retain.images)
-            loss = cross_entropy(logits, retain.labels) + cross_entropy(student(forget.images), wrong)
-            return loss, {"accuracy": accuracy(logits, retain.labels)}
-
-        return descend(context, params, state, loss)
+        return descend(context, params, state, lambda student: relabelled(student, retain, forget, wrong))
 
     return UnlearningRule(init, step)

@@ -220,11 +220,17 @@ def update(context: Context, params: PyTree, state: RuleState, gradients: PyTree
     return optax.apply_updates(params, updates), state._replace(opt_state=opt_state)
 
 
-def supervised(batch: Any) -> Callable[[Student], Loss]:
+def supervised(batch: Any) -> Callable[[Student], tuple[jax.Array, Metrics]]:
     """A batch's own labels as a loss for `descend` or `differentiate`: mean cross-entropy, and "accuracy"."""
 
-    def loss(student: Student) -> Loss:
+    def loss(student: Student) -> tuple[jax.Array, Metrics]:
         logits = student(batch.images)
         return cross_entropy(logits, batch.labels), {"accuracy": accuracy(logits, batch.labels)}
 
     return loss
+
+
+def relabelled(student: Student, retain: Any, forget: Any, labels: jax.Array) -> Loss:
+    """CE(retain) + CE(forget, labels), i32[B] in place of forget's own, and "accuracy" on retain, which goes first."""
+    loss, metrics = supervised(retain)(student)
+    return loss + cross_entropy(student(forget.images), labels), metrics

@@ -21,7 +21,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.ingredients.gradients import zeros
 from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.ingredients.masks import freeze_outside, largest
-from jaxunlearn.methods.rule import Pass, UnlearningRule, accuracy, cross_entropy, descend, init_state
+from jaxunlearn.methods.rule import Pass, UnlearningRule, descend, init_state, relabelled
 
 
 def rule(context, *, share: float = 0.5) -> UnlearningRule:
@@ -46,9 +46,7 @@ def rule(context, *, share: float = 0.5) -> UnlearningRule:
         def loss(student):
             student.params = freeze_outside(student.params, state.extra)
             drawn = random_labels(student.random_key(), forget.labels, context.num_classes)
-            logits = student(retain.images)
-            loss = cross_entropy(logits, retain.labels) + cross_entropy(student(forget.images), drawn)
-            return loss, {"accuracy": accuracy(logits, retain.labels)}
+            return relabelled(student, retain, forget, drawn)
 
         return descend(context, params, state, loss)
 
