@@ -122,4 +122,5 @@ def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _probability(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.asarray(softmax(logits.astype(np.float64), 1)[np.arange(len(labels)), labels])
+    """f64[N]: that of each image's label."""
+    return np.asarray(np.exp(distances.log_probabilities(logits)[np.arange(len(labels)), labels]))

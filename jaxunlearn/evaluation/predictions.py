@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import log_softmax
 
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images, augment, normalise
 from jaxunlearn.devices.sharding import fetch, place_seeds, place_shared, seed_shapes, shard_batch
+from jaxunlearn.evaluation.distances import log_probabilities
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
 from jaxunlearn.randomness import Stream, stream_key
@@ -44,11 +44,13 @@ class Predictions(NamedTuple):
 
 def packed(predictions: Predictions, labels: Sets) -> bytes:
     """Predictions as an .npz: of each set log-probabilities f16[N, classes], and `<set>_labels` i32[N]."""
-    arrays = {name: log_softmax(logits.astype(np.float64), 1) for name, logits in predictions.logits._asdict().items()}
+    arrays: dict[str, Any] = {}
+    for name, logits in predictions.logits._asdict().items():
+        log_p = log_probabilities(logits)
+        # Below the least finite float16 a probability is nothing; minus infinity stays.
+        arrays[name] = np.where(np.isneginf(log_p), log_p, np.maximum(log_p, -65504)).astype(np.float16)
     content = io.BytesIO()
-    # Below the least finite float16 a probability is nothing; minus infinity stays.
-    halves = {name: np.where(np.isneginf(x), x, np.maximum(x, -65504)).astype(np.float16) for name, x in arrays.items()}
-    np.savez_compressed(content, **halves, **{f"{name}_labels": x for name, x in labels._asdict().items()})
+    np.savez_compressed(content, **arrays, **{f"{name}_labels": x for name, x in labels._asdict().items()})
     return content.getvalue()
 
 
