@@ -42,10 +42,15 @@ def tiny_models():
     del MODELS[TINY], MODELS[PLAIN]
 
 
+@pytest.fixture(scope="session")
+def kept_programs(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
 @pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Keeps what the tests of one file compile, as if JAX had been given a cache: else each run would do it anew."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}
+def compile_once(kept_programs):
+    """Keeps what tests compile, as if JAX had been given a cache: else each run, of any file, would do it anew."""
+    settings = {"jax_compilation_cache_dir": str(kept_programs)}
     settings["jax_persistent_cache_min_compile_time_secs"] = 0.0
     before = {name: jax.config.values[name] for name in settings}
     _update(settings)
@@ -68,7 +73,7 @@ def _update(settings):
     compilation_cache.reset_cache()  # it keeps the folder that it was first used with
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """Where the processes that the tests of one file start keep their compiled programs."""
+    """Where the processes that tests start keep their compiled programs."""
     return tmp_path_factory.mktemp("xla")

@@ -267,8 +267,8 @@ NOTEBOOK = """
 """
 
 
-def test_ctrl_c_ends_the_run_and_not_the_kernel(tmp_path, tmp_path_factory):
-    share_compiled(tmp_path / "cache", tmp_path_factory.mktemp("xla"))
+def test_ctrl_c_ends_the_run_and_not_the_kernel(tmp_path, compiled):
+    share_compiled(tmp_path / "cache", compiled)
     code = textwrap.dedent(NOTEBOOK).format(tests=str(Path(__file__).parent))
     inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=inherited) as kernel:
