@@ -9,7 +9,7 @@ from tiny import PROTOCOL, make_images
 
 from jaxunlearn.data.batches import Images, augment, augmented_batch, clean_batch, epoch_order, normalise, resize
 
-pytestmark = pytest.mark.usefixtures("tiny_models")  # for its quick compilation
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]  # for its quick compilation
 augment = jax.jit(augment, static_argnums=3)
 augmented_batch = jax.jit(augmented_batch, static_argnums=3)
 

@@ -21,7 +21,7 @@ from jaxunlearn.registry import BASELINES, REFERENCES, RETRAIN, build_rule, get_
 from jaxunlearn.training.checking import same_form
 from jaxunlearn.training.unlearning import make_context
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]
 WITHOUT_STEP = {
     "output_mask",
     "ssd",

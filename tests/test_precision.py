@@ -21,7 +21,7 @@ from jaxunlearn.models.network import make_network
 from jaxunlearn.registry import get_method
 from jaxunlearn.runs.request import Request, settled
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]
 BENCH = "resnet20-digits-class0"
 
 

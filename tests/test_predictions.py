@@ -17,7 +17,7 @@ from jaxunlearn.randomness import seed_keys
 from jaxunlearn.training.loop import Timing
 from jaxunlearn.training.unlearning import Split
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]
 TEST, TRAIN = make_images(23, seed=1), make_images(57, seed=2)
 FORGET = PROTOCOL.forget_class
 SPLIT = Split(np.flatnonzero(TRAIN.labels != FORGET), np.flatnonzero(TRAIN.labels == FORGET))

@@ -35,7 +35,7 @@ from jaxunlearn.methods.boundary_shrink import rule as boundary_shrink
 from jaxunlearn.methods.rule import Student
 from jaxunlearn.models.network import make_network
 
-pytestmark = pytest.mark.usefixtures("tiny_models")  # compiles in less time
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]  # compiles in less time
 ROWS = np.arange(len(FORGET.labels))
 
 

@@ -27,7 +27,7 @@ from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.methods.rule import Student
 from jaxunlearn.methods.unsir import rule as unsir
 
-pytestmark = pytest.mark.usefixtures("tiny_models")  # compiles in less time
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]  # compiles in less time
 SMALL, LARGE = (jax.tree.map(lambda x, part=part: jnp.asarray(x[part]), FORGET) for part in (slice(1), slice(1, 5)))
 ON_DEVICE = [jax.tree.map(jnp.asarray, batch) for batch in (RETAIN, FORGET)]
 

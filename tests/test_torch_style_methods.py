@@ -14,7 +14,7 @@ from jaxunlearn.methods.rule import cross_entropy
 from jaxunlearn.registry import get_method
 from jaxunlearn.training.checking import check_rule
 
-pytestmark = pytest.mark.usefixtures("tiny_models")
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]
 FOLDER = Path(__file__).parent / "torch_style_methods"
 NAMES = sorted(file.stem.removeprefix("torch_") for file in FOLDER.glob("*.py"))
 MORE = make_batch(5, seed=2, labels=0)  # a second batch to forget
