@@ -42,6 +42,12 @@ def tiny_models():
     del MODELS[TINY], MODELS[PLAIN]
 
 
+@pytest.fixture
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def kept_programs(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")

@@ -117,6 +117,12 @@ def vector(gradients):
     return np.concatenate([array.ravel() for array in gradients])
 
 
+def assert_same(actual, expected):
+    """Two Models, to what the differences are good for."""
+    for have, want in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(have, want, rtol=1e-6, atol=1e-8)
+
+
 def take_step(stepped, params, state, retain, forget, **changes):
     """(what a jitted step took from the parameters, a Model; its state; its metrics). `changes`: of the state before.
 

@@ -9,6 +9,7 @@ import pytest
 from linear import (
     CLASSES,
     Model,
+    assert_same,
     cross_entropy,
     gradient,
     in_numpy,
@@ -24,13 +25,8 @@ from tiny import assert_close
 
 from jaxunlearn.methods import adaptive_uniform, fisher_pcgrad, importance_masked, zeroed_logit
 
+pytestmark = [pytest.mark.usefixtures("in_float64"), pytest.mark.numbers]
 TEACHER, STUDENT = 0, 1
-
-
-@pytest.fixture(autouse=True)
-def _in_float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @functools.cache
@@ -44,11 +40,6 @@ def made(rule, **hyperparameters):
 def clipped(gradients, norm=5.0):
     length = np.linalg.norm(vector(gradients))
     return Model(*(array * min(1, norm / length) for array in gradients)), length
-
-
-def assert_same(actual, expected):
-    for have, want in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(have, want, rtol=1e-6, atol=1e-8)
 
 
 def moved(stats, *batches):

@@ -7,6 +7,7 @@ import pytest
 from linear import (
     CLASSES,
     Model,
+    assert_same,
     cross_entropy,
     gradient,
     in_numpy,
@@ -23,20 +24,11 @@ from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.methods import fanchuan, gdr_gma, munba
 from jaxunlearn.methods.rule import differentiate, init_state
 
-
-@pytest.fixture(autouse=True)
-def _in_float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = [pytest.mark.usefixtures("in_float64"), pytest.mark.numbers]
 
 
 def batches():
     return linear_batch(6, 0), linear_batch(5, 1, labels=0)
-
-
-def assert_same(actual, expected):
-    for have, want in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(have, want, rtol=1e-6, atol=1e-8)
 
 
 # Ingredients.
