@@ -1,6 +1,6 @@
 """Which parameters a rule changes."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,6 @@ def last_layers(names: Sequence[str], params: Mapping[str, Any], count: int) -> 
         else:  # behind the last without one: a shortcut stands between a block's last convolution and its BatchNorm
             bare.pop().append(name)
     return {name for layer in layers[max(len(layers) - count, 0) :] for name in layer}
-
-
-def freeze(params: Mapping[str, PyTree], but: Collection[str]) -> dict[str, PyTree]:
-    """The same parameters, by layer; no gradient flows into any layer `but` those."""
-    return {name: layer if name in but else jax.lax.stop_gradient(layer) for name, layer in params.items()}
 
 
 def largest(tree: PyTree, share: float) -> PyTree:

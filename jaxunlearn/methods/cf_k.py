@@ -15,7 +15,9 @@ Reads: retain.
 
 from functools import partial
 
-from jaxunlearn.ingredients.masks import freeze, last_layers
+import jax
+
+from jaxunlearn.ingredients.masks import last_layers
 from jaxunlearn.methods.rule import UnlearningRule, descend, init_state, supervised
 
 
@@ -26,7 +28,8 @@ def rule(context, *, k: int = 8) -> UnlearningRule:
         learning = last_layers(names, params, k)
 
         def loss(student):
-            student.params = freeze(student.params, learning)
+            frozen = jax.lax.stop_gradient(student.params)
+            student.params = {name: (student.params if name in learning else frozen)[name] for name in frozen}
             return supervised(retain)(student)
 
         params, after, metrics = descend(context, params, state, loss)
