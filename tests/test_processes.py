@@ -22,6 +22,30 @@ from jaxunlearn.runs.request import Request
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 ONE_SEED = ("--seeds", "3")
+# A rule that looks at the data before its first step, in both ways: the second at images that are drawn.
+PREPARED = """
+import jax
+from jaxunlearn.ingredients.gradients import zeros
+from jaxunlearn.methods import retain_finetune
+from jaxunlearn.methods.rule import Pass, cross_entropy
+
+def rule(context):
+    def prepare(params, state, retain_set, forget_set):
+        mean = sum(batch.images.mean() for batch in forget_set) / len(forget_set)
+        return jax.tree.map(lambda x: x * (1 + 0.1 * mean), params), state
+
+    def add(params, state, total, batch):
+        def loss(params):
+            return cross_entropy(context.apply_eval(params, state.batch_stats, batch.images), batch.labels)
+
+        return jax.tree.map(lambda sum, gradient: sum + gradient, total, jax.grad(loss)(params))
+
+    def descend(params, state, total):
+        return jax.tree.map(lambda x, sum: x - 0.1 * sum, params, total), state
+
+    one = Pass("all", zeros, add, descend, images=48)
+    return retain_finetune.rule(context)._replace(prepare=prepare, passes=(one,))
+"""
 
 
 def free_port():
@@ -90,16 +114,8 @@ def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, 
 
 
 def test_two_processes_share_the_batch(tmp_path, compiled):
-    """In float64, where the order of sums is all that can differ; a rule with `prepare`, and the reference, too."""
-    (tmp_path / "prepared.py").write_text(
-        "import jax\n"
-        "from jaxunlearn.methods import retain_finetune\n"
-        "def rule(context):\n"
-        "    def prepare(params, state, retain_set, forget_set):\n"
-        "        mean = sum(batch.images.mean() for batch in forget_set) / len(forget_set)\n"
-        "        return jax.tree.map(lambda x: x * (1 + 0.1 * mean), params), state\n"
-        "    return retain_finetune.rule(context)._replace(prepare=prepare)\n"
-    )
+    """In float64, where the order of sums is all that can differ; also `prepare`, a pass, and the reference."""
+    (tmp_path / "prepared.py").write_text(PREPARED)
     wanted = (*ONE_SEED, "--bench", NAME_X64, "--method", "scrub", str(tmp_path / "prepared.py"), "retrain")
     # What differs in a step differs after two epochs too; after as many scrub leaves the forgotten class alone.
     wanted += ("--pretrain-epochs", "2", "--unlearn-epochs", "3")
