@@ -20,7 +20,7 @@ from jaxunlearn.registry import BASELINES
 
 torch = pytest.importorskip("torch")
 
-from jaxunlearn.torch_reference import harness, models, parity, sides  # noqa: E402
+from jaxunlearn.torch_reference import cases, harness, models, parity  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 BENCH, STEPS = "resnet20-digits-class0", 4
@@ -68,7 +68,7 @@ def case(tmp_path_factory):
     digits = load("digits", None, tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "small", Small)
-        return sides.make_case(dataclasses.replace(PROTOCOL, model="small"), 10, digits, STEPS)
+        return cases.make_case(dataclasses.replace(PROTOCOL, model="small"), 10, digits, STEPS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,7 +226,7 @@ def test_the_command_line_prints_a_table_or_json(script, monkeypatch, ok):
     def make_case(protocol, num_classes, dataset, steps):
         return protocol.model, num_classes, dataset.name, steps
 
-    monkeypatch.setattr(sides, "make_case", make_case)
+    monkeypatch.setattr(cases, "make_case", make_case)
     monkeypatch.setattr(parity, "compare", row)
     monkeypatch.setattr(parity, "compare_models", lambda case: [])
     command = ("--bench", "vgg16bn-cifar100-class0", "--steps", "3")

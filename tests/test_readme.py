@@ -9,7 +9,7 @@ from tiny import PROTOCOL, make_unlearning, mesh_of
 
 from jaxunlearn.registry import BASELINES, get_method, names
 
-REFERENCE = {"harness.py", "sides.py"}  # of PyTorch: the folder alone is named
+REFERENCE = {"cases.py", "harness.py", "sides.py"}  # of PyTorch: the folder alone is named
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--method {args.method}: PyTorch's side has {', '.join(BASELINES)}")
     try:
         from jaxunlearn.torch_reference import parity
-        from jaxunlearn.torch_reference.sides import make_case
+        from jaxunlearn.torch_reference.cases import make_case
     except ImportError as error:
         if error.name != "torch":
             raise

@@ -20,10 +20,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxunlearn.torch_reference.cases import Case
 from jaxunlearn.torch_reference.sides import (
     DTYPES,
     Arrays,
-    Case,
     Trace,
     package_logits,
     package_sides,
