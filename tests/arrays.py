@@ -140,11 +140,3 @@ def assert_steps_down(result, loss, learning=LAYERS):
         for part, before in layer.items():
             expected = before - RATE * gradients[name][part] * (name in learning)
             np.testing.assert_allclose(params[name][part], expected, rtol=1e-5, atol=2e-6, err_msg=f"{name} {part}")
-
-
-def log_softmax(logits):
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-def ce(logits, labels):
-    return -log_softmax(logits)[np.arange(len(labels)), np.asarray(labels)].mean()

@@ -16,9 +16,7 @@ from arrays import (
     TEACHER,
     assert_steps_down,
     batch,
-    ce,
     context,
-    log_softmax,
     rule_of,
     single,
     start,
@@ -26,6 +24,8 @@ from arrays import (
     student,
     teacher,
 )
+from linear import cross_entropy as ce
+from linear import log_softmax
 
 from jaxunlearn.benchmarks import BENCHMARKS
 from jaxunlearn.data.batches import Batch

@@ -13,7 +13,6 @@ from arrays import (
     RETAIN,
     STUDENT,
     TEACHER,
-    ce,
     context,
     network,
     rule_of,
@@ -22,6 +21,7 @@ from arrays import (
     start,
     student,
 )
+from linear import cross_entropy as ce
 
 from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.methods.rule import Student
