@@ -206,6 +206,7 @@ def test_kernels_are_counted_and_summed_up_by_name():
     assert found == {"kernels": 1.5, "busy": 0.6, "longest": {"gemm": 0.55, "add": 0.5}}
 
 
+@pytest.mark.usefixtures("tiny_models")  # for its quick compilation
 @pytest.mark.parametrize("broken", [None, "y", "kernel"])
 def test_a_layer_that_is_off_is_seen(broken, monkeypatch):
     conv2d, programs = agreement.conv2d, []

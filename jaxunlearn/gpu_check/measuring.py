@@ -43,6 +43,7 @@ TINY_DIGITS = (
     "40",
     "--method",
     "retain_finetune",
+    "--no-against-retrain",
 )
 
 
