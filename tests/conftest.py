@@ -3,6 +3,7 @@
 On a machine with an accelerator too: `JAX_PLATFORMS=cuda python -m pytest` runs what does not assume a CPU there.
 """
 
+import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import PLAIN, TINY, Tiny
 
+from jaxunlearn.files import default_cache
 from jaxunlearn.models import MODELS
 from jaxunlearn.ops import native
 
@@ -32,13 +34,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="assumes a CPU"))
 
 
+@contextlib.contextmanager
+def _compiling_quickly():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles in two thirds or a third of the time, for a test of what is computed and not of how fast."""
+    with _compiling_quickly():
+        yield
+
+
 @pytest.fixture(scope="module")
 def tiny_models():
-    """Adds the tiny models to the package's own for the tests of one file, and compiles in a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Adds the tiny models to the package's own for the tests of one file, and compiles as quickly."""
     MODELS.update({TINY: Tiny, PLAIN: lambda **options: Tiny(dropout=0.0, **options)})
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with _compiling_quickly():
+        yield
     del MODELS[TINY], MODELS[PLAIN]
 
 
@@ -71,6 +87,21 @@ def cache_not_given():
     _update({"jax_compilation_cache_dir": None})
     yield
     _update(before)
+
+
+@pytest.fixture
+def quick_compiler(tmp_path, monkeypatch):
+    """For processes that shall compile the kernels: the first compiler copies those of the tests themselves."""
+    kept = default_cache() / "kernels" / f"{native.library()}.so"
+    compilers = native._compilers()
+    if not kept.exists() or "/" in compilers[0][0]:
+        return  # then they are compiled
+    folder = tmp_path / "compilers"
+    folder.mkdir()
+    script = folder / compilers[0][0]
+    script.write_text(f'#!/bin/sh\nfor out; do :; done\ncp "{kept}" "$out"\n')  # the last word is where it goes
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
 def _update(settings):

@@ -184,7 +184,7 @@ def test_what_is_shown_of_a_result():
 
 @pytest.mark.slow
 @pytest.mark.cpu
-def test_all_of_it_at_tiny_size(tmp_path, capsys):
+def test_all_of_it_at_tiny_size(tmp_path, capsys, quick_compiler):
     out = tmp_path / "lines"
     assert main(["gpu-check", "--tiny", "--out", str(out)]) == 0
     results = [json.loads(line) for line in out.read_text().splitlines()]
@@ -206,7 +206,7 @@ def test_kernels_are_counted_and_summed_up_by_name():
     assert found == {"kernels": 1.5, "busy": 0.6, "longest": {"gemm": 0.55, "add": 0.5}}
 
 
-@pytest.mark.usefixtures("tiny_models")  # for its quick compilation
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("broken", [None, "y", "kernel"])
 def test_a_layer_that_is_off_is_seen(broken, monkeypatch):
     conv2d, programs = agreement.conv2d, []

@@ -107,6 +107,7 @@ def test_initial_kernels_are_independent_and_the_rest_is_constant():
     assert all((norm["var"] == 1).all() and (norm["mean"] == 0).all() for norm in variables["batch_stats"].values())
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_train_mode_uses_the_batch_and_dropout_eval_mode_neither():
     model = build("vgg16bn", 4)
     variables = some_variables(model)
@@ -123,6 +124,7 @@ def test_train_mode_uses_the_batch_and_dropout_eval_mode_neither():
     np.testing.assert_allclose(evaluate(images)[:2], evaluate(images[:2]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_mobilenet_has_dropout_where_it_is_asked_for():
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     for rate in (0.0, 0.5):
@@ -132,6 +134,7 @@ def test_mobilenet_has_dropout_where_it_is_asked_for():
         assert bool((first == second).all()) == (rate == 0.0)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_shortcut_a_halves_the_image_and_pads_the_channels_on_both_sides():
     model = build("resnet20", 10, resnet_shortcut="A")
     variables = some_variables(model)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxunlearn.files import default_cache
 from jaxunlearn.ops import native
 from jaxunlearn.ops.convolution import conv2d
 from jaxunlearn.ops.normalization import batch_norm
@@ -105,19 +104,6 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 @pytest.fixture(scope="module")
 def sound():
     return start()
-
-
-@pytest.fixture
-def quick_compiler(tmp_path, monkeypatch):
-    """The first compiler has compiled the kernels before; whoever asks for them gets a copy."""
-    kept = default_cache() / "kernels" / f"{native.library()}.so"
-    (name, *_), *_ = native._compilers()
-    if not kept.exists() or "/" in name:
-        return  # then the kernels are compiled
-    folder = tmp_path / "compilers"
-    folder.mkdir()
-    write_compiler(folder / name, f'for out; do :; done; cp "{kept}" "$out"')
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
 @needs_compiler

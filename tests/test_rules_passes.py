@@ -18,7 +18,7 @@ from linear import (
 
 from jaxunlearn.methods import fisher, lfssd, ssd
 
-pytestmark = [pytest.mark.usefixtures("in_float64"), pytest.mark.numbers]
+pytestmark = [pytest.mark.usefixtures("in_float64", "quick_compilation"), pytest.mark.numbers]
 BATCHES = {
     "retain": [linear_batch(1, seed) for seed in range(3)],
     "forget": [linear_batch(5, 1, labels=0), linear_batch(3, 2, labels=0)],
@@ -28,9 +28,9 @@ BATCHES = {
 
 def seen(one, params, state):
     """(the state, what a pass carries) after its batches."""
-    carry = one.init(params, state)
+    carry, step = one.init(params, state), jax.jit(one.step)
     for number, batch in enumerate(BATCHES[one.over]):
-        carry = one.step(params, state._replace(step=jnp.int32(number)), carry, batch)
+        carry = step(params, state._replace(step=jnp.int32(number)), carry, batch)
     return state._replace(step=jnp.int32(len(BATCHES[one.over]))), carry
 
 
@@ -39,7 +39,7 @@ def passed(rule, params, stats):
     assert rule.step is None
     state = rule.init(params, stats, jax.random.key(0))
     for one in rule.passes:
-        params, state = one.finish(params, *seen(one, params, state))
+        params, state = jax.jit(one.finish)(params, *seen(one, params, state))
     return in_numpy(params)
 
 
@@ -97,7 +97,7 @@ def test_fisher_adds_noise_where_it_costs_least():
         rule = fisher.rule(linear_context(), alpha=alpha, largest_of_head=limit)
         (one,) = rule.passes
         state, carry = seen(one, params, rule.init(params, stats, keys[0]))
-        after = jax.vmap(lambda key: one.finish(params, state._replace(key=key), carry)[0]["head"])(keys)
+        after = jax.jit(jax.vmap(lambda key: one.finish(params, state._replace(key=key), carry)[0]["head"]))(keys)
         variance = Model(*(10 * alpha * np.minimum(1 / (f + 1e-8), limit) for f in information))
         variance = variance._replace(kernel=np.broadcast_to(variance.kernel.mean(0), variance.kernel.shape))
         forgotten = np.arange(CLASSES) == 0  # of which nothing is left but noise

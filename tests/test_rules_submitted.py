@@ -25,7 +25,7 @@ from tiny import assert_close
 
 from jaxunlearn.methods import adaptive_uniform, fisher_pcgrad, importance_masked, zeroed_logit
 
-pytestmark = [pytest.mark.usefixtures("in_float64"), pytest.mark.numbers]
+pytestmark = [pytest.mark.usefixtures("in_float64", "quick_compilation"), pytest.mark.numbers]
 TEACHER, STUDENT = 0, 1
 
 

@@ -24,7 +24,7 @@ from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.methods import fanchuan, gdr_gma, munba
 from jaxunlearn.methods.rule import differentiate, init_state
 
-pytestmark = [pytest.mark.usefixtures("in_float64"), pytest.mark.numbers]
+pytestmark = [pytest.mark.usefixtures("in_float64", "quick_compilation"), pytest.mark.numbers]
 
 
 def batches():

@@ -70,7 +70,8 @@ def test_the_command_runs_a_benchmark(run):
     where = run("python", "-c", "import jaxunlearn; print(jaxunlearn.__file__)")
     assert "elsewhere" in where.stdout
     arguments = ("--bench", BENCH, "--pretrain-epochs", "1", "--unlearn-epochs", "1", "--method", "retain_finetune")
-    arguments += ("--train-limit", "320", "--seeds", "0-1", "--no-against-retrain")  # the next test's originals too
+    arguments += ("--train-limit", "80", "--batch-size", "8", "--no-against-retrain")
+    arguments += ("--seeds", "0-1")  # whose originals the next test takes from the cache
     done = run("jaxunlearn", "bench", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert "retain_finetune" in done.stdout and "pretrained" in done.stdout
@@ -83,7 +84,7 @@ def test_the_command_runs_a_benchmark(run):
 def test_the_readmes_lines_run_from_python(run):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (lines,) = (block for block in blocks if "jaxunlearn.run(" in block)
-    few = "train_limit=320, pretrain_epochs=1, unlearn_epochs=1, against_retrain=False"
+    few = "train_limit=80, batch_size=8, pretrain_epochs=1, unlearn_epochs=1, against_retrain=False"
     smaller = lines.replace("seeds=range(4)", f"seeds=range(2), {few}")
     assert smaller != lines
     done = run("python", "-c", RULE + smaller)
