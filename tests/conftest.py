@@ -59,6 +59,24 @@ def tiny_models():
 
 
 @pytest.fixture
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(params=["compiled", "XLA's"])
+def form(request, monkeypatch):
+    """Runs a test with the compiled kernels, then without."""
+    if request.param == "XLA's":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("needs a C++ compiler")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
 def in_float64():
     with jax.enable_x64(True):
         yield
