@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from tiny import PROTOCOL
 
 from jaxunlearn import benchmarks
+from jaxunlearn.data.datasets import find, limited
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.metrics import METRICS
 from jaxunlearn.models import torch_weights
@@ -289,6 +290,14 @@ def test_retrain_never_sees_the_forgotten_class(tmp_path):
     assert record["forget_acc"] == 0 < record["before"]["forget_acc"]
     assert record["unlearn_steps"] == 12 * math.ceil(1291 / 64)  # 1,433 training images, 142 of them zeros
     assert len(list((tmp_path / "cache" / "pretrained").iterdir())) == 2
+
+
+def test_with_validation_training_images_stand_in_for_the_test_images(tmp_path):
+    run = prepare(request_of(tmp_path, protocol=dataclasses.replace(DIGITS, validation=True)), QUIET)
+    chosen = limited(find("digits", None, tmp_path).train, 10, 300)  # 30 a class, of each the last three held out
+    last = np.concatenate([np.flatnonzero(chosen.labels == label)[-3:] for label in range(10)])
+    np.testing.assert_array_equal(run.evaluator.labels.test, chosen.labels[np.sort(last)])
+    np.testing.assert_array_equal(run.train.labels, np.delete(chosen.labels, last))
 
 
 def test_given_weights_replace_pretraining(tmp_path, monkeypatch):

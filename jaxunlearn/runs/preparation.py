@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxunlearn.benchmarks import EVALUATIONS, MOST_SEEDS, validate
 from jaxunlearn.data.batches import Images, resize
-from jaxunlearn.data.datasets import DATASETS, ImageSet, limited, load
+from jaxunlearn.data.datasets import DATASETS, ImageSet, held_out, limited, load
 from jaxunlearn.devices.configuration import unused_gpu
 from jaxunlearn.devices.processes import all_or_none, check_agreement, leads
 from jaxunlearn.devices.sharding import make_mesh, place_shared
@@ -123,7 +123,10 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         check_agreement(dataset.digest)
         with timing("data_s"):
             chosen = limited(dataset.train, dataset.num_classes, protocol.train_limit)
-            train, test = _on_device(chosen, mesh), _on_device(dataset.test, mesh)
+            asked = dataset.test
+            if protocol.validation:
+                chosen, asked = held_out(chosen, dataset.num_classes)
+            train, test = _on_device(chosen, mesh), _on_device(asked, mesh)
         is_forget = chosen.labels == protocol.forget_class
         split = Split(np.flatnonzero(~is_forget), np.flatnonzero(is_forget))
         full = request.evaluate == "full"
