@@ -258,6 +258,24 @@ def test_weights_that_are_lost_in_the_last_step_are_seen_there(tmp_path, monkeyp
     assert record["flags"]["collapsed"] is None
 
 
+def test_a_run_may_hold_a_rule_several_times(tmp_path):
+    variants = [get_method("scrub", {"temperature": text}) for text in ("4", "2")]
+    request = dataclasses.replace(request_of(tmp_path, seeds=(1, 2)), methods=variants, once=True)
+    run = prepare(request, QUIET)
+    assert [group.title for group in run.groups] == ["scrub 1/2", "scrub 2/2"]
+    kept = []
+    for record, _ in running.results(run):
+        kept.append((record["hyperparameters"]["temperature"], record["seed"], numbers(record)))
+        unfinished = [path.name for path in tmp_path.glob("cache/unlearning/*")]
+        assert len(unfinished) == 2  # those of the variant that is being written; what is done is gone
+    assert [one[:2] for one in kept] == [(4.0, 1), (4.0, 2), (2.0, 1), (2.0, 2)]
+    assert not list(tmp_path.glob("cache/unlearning/*")) and not run.unlearnings
+    alone = results(request_of(tmp_path / "alone", method="scrub", settings={"temperature": "2"}, seeds=(1, 2)))
+    assert [one[2] for one in kept[2:]] == list(map(numbers, alone)) != [one[2] for one in kept[:2]]
+    folders = [request.record_path(method, 1).parent for method in variants]
+    assert folders[0] != folders[1] and all((folder / "seed2.json").is_file() for folder in folders)
+
+
 def test_where_pretraining_diverges_nothing_is_unlearned(tmp_path, monkeypatch):
     protocol = dataclasses.replace(STEPPED, pretrain_lr=1e30)
     monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))

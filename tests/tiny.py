@@ -101,10 +101,12 @@ def pretraining_of(protocol, seeds, mesh):
 
 
 def make_unlearning(method, protocol, mesh, data=None):
-    """The unlearning of a Method."""
+    """The unlearning of a Method, which is checked against its contract."""
     data = place_shared(data or make_images(), mesh)
     network = make_network(protocol, CLASSES)
-    return Unlearning(method, network, protocol, CLASSES, data, make_split(), mesh, Timing())
+    unlearning = Unlearning(method, network, protocol, CLASSES, data, make_split(), mesh, Timing())
+    unlearning.check()
+    return unlearning
 
 
 @functools.cache

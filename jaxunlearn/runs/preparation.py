@@ -23,9 +23,10 @@ from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.ops import native
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.registry import RETRAIN, Method, build_rule, names
+from jaxunlearn.registry import RETRAIN, build_rule, names
 from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
+from jaxunlearn.runs.groups import Group, first_of_each, grouped
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.checking import check_rule
 from jaxunlearn.training.loop import Timing, batch_sizes
@@ -50,7 +51,8 @@ class Prepared:
     verified: bool  # whether that is the official one's
     evaluator: Evaluator
     relearning: Relearning | None  # where the models are evaluated in full
-    unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by method
+    groups: list[Group]
+    unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by title, until it is done
 
     @functools.cached_property
     def environment(self) -> dict[str, Any]:
@@ -64,20 +66,20 @@ class Prepared:
         defaults = {method.name: method.defaults for method in self.request.methods}
         return {"defaults": defaults, "members": members, "non_members": non_members}
 
-    def count(self, method: Method) -> int:
-        """How many models a method makes."""
-        return len(self.keys) * self.request.draws(method)
+    def count(self, group: Group) -> int:
+        """How many models a group makes."""
+        return len(self.keys) * self.request.draws(group.method) * len(group.methods)
 
     def batches(self, count: int, kind: str) -> list[int]:
         """The sizes of the batches of an epoch of (re)training on so many images of this `kind`."""
         protocol = self.request.protocol
         return batch_sizes(count, protocol.batch_size, protocol.drop_last, kind)
 
-    def unlearning(self, method: Method, mesh: jax.sharding.Mesh) -> Unlearning:
-        """The unlearning of a method, for the seeds on `mesh`. Raises UserError for a rule that breaks its contract."""
+    def unlearning(self, group: Group, mesh: jax.sharding.Mesh) -> Unlearning:
+        """The unlearning of a group, for the seeds on `mesh`. Raises UserError for a rule that breaks its contract."""
         protocol = self.request.protocol
         classes = DATASETS[protocol.dataset].num_classes
-        return Unlearning(method, self.network, protocol, classes, self.train, self.split, mesh, self.timing)
+        return Unlearning(group.method, self.network, protocol, classes, self.train, self.split, mesh, self.timing)
 
 
 def prepare(request: Request, reporter: Reporter) -> Prepared:
@@ -115,7 +117,7 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             weights = request.init_weights
             models = given(weights, protocol, network, len(request.seeds), mesh) if weights else None
             context = make_context(network, protocol, num_classes, steps_per_epoch=1)
-            for method in request.methods:
+            for method in (group.method for group in first_of_each(grouped(request.methods))):
                 if method.name not in (*names(), RETRAIN):  # the user's own, which is looked at before a download
                     check_rule(method, build_rule(method, context), context, [(4, 4)])
             with timing("data_s"):
@@ -146,14 +148,18 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             dataset.verified,
             evaluator,
             relearning,
+            grouped(request.methods),
         )
         for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
             prepared.batches(count, kind)  # raises where they make no batch
         unlearnings = {
-            method.name: prepared.unlearning(method, make_mesh(prepared.count(method), request.devices))
-            for method in request.methods
-            if method.name != RETRAIN
+            group.title: prepared.unlearning(group, make_mesh(prepared.count(group), request.devices))
+            for group in prepared.groups
+            if group.method.name != RETRAIN
         }
+        for group in first_of_each(prepared.groups):
+            if group.title in unlearnings:
+                unlearnings[group.title].check()
         return dataclasses.replace(prepared, unlearnings=unlearnings)
 
 

@@ -60,6 +60,7 @@ class Request:
     evaluate: str = EVALUATIONS[0]
     keep_predictions: bool = False
     force: bool = False
+    once: bool = False  # whoever asks will not ask again for what is done: nothing of it is kept to go on from
 
     def draws(self, method: Method) -> int:
         """How many unlearnings of each original there are by a method: one by a reference, which draws nothing."""
@@ -108,14 +109,16 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def parse_settings(pairs: Sequence[str]) -> Settings:
+def parse_settings(
+    pairs: Sequence[str], flag: str = "--set", example: str = "VALUE, such as scrub.temperature=2"
+) -> Settings:
     """`["scrub.temperature=2"]` as `{"scrub": {"temperature": "2"}}`. Raises UserError for what is no such pair."""
     settings: Settings = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
         owner, _, key = name.rpartition(".")
         if not (owner and key and value):
-            raise UserError(f"--set {pair}: write NAME.KEY=VALUE, such as scrub.temperature=2")
+            raise UserError(f"{flag} {pair}: write NAME.KEY={example}")
         settings.setdefault(owner, {})[key] = value
     return settings
 

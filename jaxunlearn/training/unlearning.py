@@ -78,7 +78,7 @@ def make_context(network: Network, protocol: Protocol, num_classes: int, steps_p
 
 
 class Unlearning:
-    """One method on a group of seeds. Checks a user's rule against its contract before anything is computed."""
+    """One method on a group of seeds."""
 
     def __init__(
         self,
@@ -94,17 +94,15 @@ class Unlearning:
         sizes = epoch_plan(protocol, split)
         context = make_context(network, protocol, num_classes, len(sizes))
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(map(sum, sizes))
-        self._name, self._rule = method.name, build_rule(method, context)
+        self._rule = build_rule(method, context)
         self.epochs = protocol.unlearn_epochs if self._rule.step else 0
+        self.steps = self.steps_per_epoch * self.epochs
         self._plan: list[Chunk] = chunks(sizes)  # type: ignore[arg-type]
         self._protocol, self.mesh, self.timing = protocol, mesh, timing
         self._data = place_shared(data, mesh)
         self._split = place_shared(Split(*(part.astype(np.int32) for part in split)), mesh)
         self._initialise = network.initialise
-        if (
-            method.name not in names()
-        ):  # those of the package are checked by its tests; a trace takes one to three seconds
-            check_rule(method, self._rule, context, sorted(set(sizes)))
+        self._method, self._context, self._sizes = method, context, sorted(set(sizes))
         forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last, "forget"))
         passes = math.ceil(len(sizes) / forget_batches)
 
@@ -122,6 +120,11 @@ class Unlearning:
             Passing(one, number, sets[one.over], protocol, mesh, timing) for number, one in enumerate(self._rule.passes)
         ]
         self.passes = len(self._passes)
+
+    def check(self) -> None:
+        """Raises UserError for a user's rule that does not keep its contract, before anything is computed."""
+        if self._method.name not in names():  # those are checked by tests; a trace takes one to three seconds
+            check_rule(self._method, self._rule, self._context, self._sizes)
 
     def start(self, params: Any, batch_stats: Any, keys: jax.Array) -> Carry:
         """The state before the first step. The models given, the seed axis in front, are left as they are."""
@@ -155,7 +158,7 @@ class Unlearning:
         zero, key = place_shared((jnp.zeros((), jnp.int32), stream_key(key, Stream.RULE)), self.mesh)
         before = state = carry.state(key, zero, zero)
         sets = (CleanSet(self._data, indices, self._protocol) for indices in self._split)
-        with blamed(f"method '{self._name}': its prepare() failed"):
+        with blamed(f"method '{self._method.name}': its prepare() failed"):
             params, state = self._rule.prepare(carry.params, state, *sets)
             same_form("prepare", ("params", carry.params, params), ("state", before, state))
         return carried(params, state)
