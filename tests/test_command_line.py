@@ -6,13 +6,14 @@ import pytest
 
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.commands import bench
+from jaxunlearn.commands.arguments import read_protocol, run_parts
 from jaxunlearn.commands.parser import Parser
 from jaxunlearn.errors import UserError
 from jaxunlearn.methods import retain_finetune
 from jaxunlearn.registry import BASELINES, SUBMITTED, get_method, names
 from jaxunlearn.runs import request as runs_request
 from jaxunlearn.runs.command_line import command_of, seeds_as_typed
-from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, with_retrain
+from jaxunlearn.runs.request import Request, get_methods, parse_seeds, with_retrain
 
 CIFAR = "resnet20-cifar10-class0"
 
@@ -22,22 +23,9 @@ def request_of(name, text):
     parser = Parser()
     bench.add_arguments(parser)
     args = parser.parse_args(["--bench", name, *shlex.split(text)])
-    settings = parse_settings(args.set)
-    changes = {key: value for key in (*bench.FLAGS, *bench.SWITCHES) if (value := getattr(args, key)) is not None}
-    protocol = make_protocol(name, changes, settings.pop("protocol", {}), None)
-    return Request(
-        name,
-        protocol,
-        get_methods(args.method, settings, with_retrain(name, args.against_retrain)),
-        parse_seeds(args.seeds),
-        Path("runs"),
-        Path("cache"),
-        devices=args.devices,
-        deterministic=args.deterministic,
-        attempts=args.attempts,
-        unlearn_seeds=args.unlearn_seeds,
-        evaluate=args.evaluate,
-    )
+    protocol, _, settings = read_protocol(args)
+    methods = get_methods(args.method, settings, with_retrain(name, args.against_retrain))
+    return Request(**run_parts(args), protocol=protocol, methods=methods, evaluate=args.evaluate)
 
 
 @pytest.mark.parametrize(
