@@ -276,6 +276,46 @@ def test_a_run_may_hold_a_rule_several_times(tmp_path):
     assert folders[0] != folders[1] and all((folder / "seed2.json").is_file() for folder in folders)
 
 
+@pytest.mark.cpu
+def test_variants_that_are_unlearned_together_go_on_together(tmp_path, monkeypatch):
+    given, start = [], Unlearning.start
+    monkeypatch.setattr(Unlearning, "start", lambda *args, **own: given.append(own["numbers"]) or start(*args, **own))
+    variants = [get_method("negative_gradient", {"forget_weight": text}) for text in ("0.5", "2")]
+    found = []
+    for name, at in (("a", None), ("b", 17)):
+        request = request_of(tmp_path / name, protocol=STEPPED, seeds=(3, 4), together=2)
+        request = dataclasses.replace(request, methods=variants)
+        stop_after(monkeypatch, at)
+        with pytest.raises(KeyboardInterrupt) if at else contextlib.nullcontext():
+            found.append(results(request))
+        if at:
+            steps = stop_after(monkeypatch, None)
+            found.append(results(request))
+            assert len(steps) == 3 * 5 + 2 * 5 - at  # all four at once
+    assert given == [{"forget_weight": [0.5, 0.5, 2.0, 2.0]}] * 2
+    assert [(one["hyperparameters"]["forget_weight"], one["seed"]) for one in found[0]] == [
+        (weight, seed) for weight in (0.5, 2.0) for seed in (3, 4)
+    ]
+    assert list(map(numbers, found[0])) == list(map(numbers, found[1]))
+    assert len({str(numbers(one)) for one in found[0]}) == 4
+
+
+def test_variants_of_a_rule_that_looks_at_its_numbers_run_one_after_the_other(tmp_path):
+    rule = tmp_path / "looks.py"
+    rule.write_text(
+        "from jaxunlearn.methods.retain_finetune import rule as inner\n"
+        "def rule(context, *, weight: float = 1.0):\n"
+        "    return inner(context) if weight > 0 else inner(context)._replace(passes=())\n"
+    )
+    for name, titles in ((str(rule), ["looks 1/2", "looks 2/2"]), ("zeroed_logit", ["zeroed_logit"])):
+        first = get_method(name)
+        (key,) = first.defaults
+        request = request_of(tmp_path, together=2)
+        variants = [first, first._replace(hyperparameters={key: 3.0})]
+        run = prepare(dataclasses.replace(request, methods=variants), QUIET)
+        assert [group.title for group in run.groups] == titles
+
+
 def test_where_pretraining_diverges_nothing_is_unlearned(tmp_path, monkeypatch):
     protocol = dataclasses.replace(STEPPED, pretrain_lr=1e30)
     monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))

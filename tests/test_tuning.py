@@ -1,5 +1,6 @@
 """Tuning: what a study makes of records, what its file keeps, and the command on scikit-learn's digits."""
 
+import dataclasses
 import functools
 import json
 import shlex
@@ -8,12 +9,17 @@ import pytest
 from example_record import COMPANIONS, diverged_record, example_record
 from test_bench import BENCH, bench
 
+from jaxunlearn.benchmarks import get_benchmark
+from jaxunlearn.errors import UserError
+from jaxunlearn.registry import get_method
+from jaxunlearn.runs.request import Request
 from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.unlearning import Unlearning
-from jaxunlearn.tuning.studies import best_of, trial_of
+from jaxunlearn.tuning.studies import best_of, resumed, save, study_of, trial_of, with_trial
 
 pytestmark = pytest.mark.usefixtures("tiny_models", "compile_once")
 __all__ = ["bench"]  # a fixture
+DIGITS = "resnet20-digits-class0"
 
 
 def record(gap=0.1, **changes):
@@ -40,6 +46,27 @@ def test_what_diverged_or_collapsed_is_never_the_best():
     assert collapsed["flags"] == {"collapsed": 1, "inverted_membership": 1}
     assert best_of([lost, collapsed, nothing]) is None
     assert best_of([lost, trial_of([record(0.3)]), collapsed, trial_of([record(0.2)]), trial_of([record(0.2)])]) == 3
+
+
+def test_what_is_of_other_settings_is_put_aside_and_never_lost(tmp_path):
+    def study(settings=None, seeds=(42,)):
+        protocol = dataclasses.replace(get_benchmark(DIGITS), validation=True)
+        method = get_method("scrub", settings)
+        return study_of(Request(DIGITS, protocol, [method], seeds, tmp_path, tmp_path), method, 3, settings or {}, {})
+
+    first = with_trial(study(), [record(hyperparameters=study().wanted[0])])
+    save(first)
+    assert resumed(study(), force=False) == first and len(first.pending) == 2 and first.content["best"] == 0
+    for other in (study(seeds=(1,)), study({"temperature": "2"})):
+        with pytest.raises(UserError, match=r"is of other settings .* there, .* here.*: pass --force"):
+            resumed(other, force=False)
+    content = first.path.read_bytes()
+    assert resumed(study(seeds=(1,)), force=True).content["trials"] == []
+    (aside,) = first.path.parent.iterdir()
+    assert aside != first.path and aside.read_bytes() == content
+    first.path.write_text("[]")
+    with pytest.raises(UserError, match="is no file of tuning's"):
+        resumed(study(), force=False)
 
 
 @pytest.mark.slow

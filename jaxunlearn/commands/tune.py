@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME.KEY=LOW:HIGH",
         help="where to look for a hyperparameter (scrub.temperature=1:8); what --set names is not varied",
     )
+    add(
+        "--together",
+        type=int,
+        metavar="K",
+        help="so many trials of a method at once, vmapped, if they differ in no more than numbers that are no ints "
+        "(default: on a CPU one, else all)",
+    )
     add_protocol(parser, {name: text for name, text in SWITCHES.items() if name != "validation"})
     add_where(parser)
     add_processes(parser)
@@ -58,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not 1 <= args.trials <= MOST:
         raise UserError(f"--trials {args.trials}: it must be at least 1 and at most {MOST:,}")
+    if args.together is not None and args.together < 1:
+        raise UserError(f"--together {args.together}: it must be at least 1")
     protocol, chosen, settings = read_protocol(args, validation=True)
     parts, asked = run_parts(args), parse_settings(args.range, "--range", "LOW:HIGH, such as scrub.temperature=1:8")
     methods = [method for method in get_methods(args.method, settings) if method.name != RETRAIN]
@@ -70,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         keep_stdout_for_results()
     request_devices(args.devices, args.deterministic)
     with watched(), within_memory():
-        request = Request(**parts, protocol=settled(protocol, chosen), methods=methods)
+        request = Request(**parts, protocol=settled(protocol, chosen), methods=methods, together=args.together)
         studies = [
             study_of(request, one, args.trials, settings.get(one.name, {}).keys(), asked.get(one.name, {}))
             for one in methods

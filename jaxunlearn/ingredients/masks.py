@@ -33,11 +33,12 @@ def freeze(params: Mapping[str, PyTree], but: Collection[str]) -> dict[str, PyTr
     return {name: layer if name in but else jax.lax.stop_gradient(layer) for name, layer in params.items()}
 
 
-def largest(tree: PyTree, share: float) -> PyTree:
+def largest(tree: PyTree, share: float | jax.Array) -> PyTree:
     """Booleans, true for the `share` of all values of the tree together, f32 arrays, that is largest, and what equals
     the least of those."""
     values = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
-    least = jnp.sort(values)[round((1 - share) * values.size)]
+    place = (1 - share) * values.size
+    least = jnp.sort(values)[jnp.round(place).astype(int) if isinstance(place, jax.Array) else round(place)]
     return jax.tree.map(lambda leaf: leaf >= least, tree)
 
 

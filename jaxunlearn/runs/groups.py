@@ -1,5 +1,6 @@
-"""What runs one after the other: a rule, or one of several variants of it that differ in hyperparameters."""
+"""What runs one after the other: a rule, or several variants of it that differ only in numbers, vmapped."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -8,27 +9,46 @@ from jaxunlearn.registry import Method
 
 
 class Group(NamedTuple):
-    """Methods that are unlearned with together."""
+    """Methods of one rule that are unlearned with together."""
 
     title: str  # for progress; no other group of the run has it
     methods: Sequence[Method]
 
     @property
     def method(self) -> Method:
-        """The first; what the others share with it is the rule."""
+        """The first; the others differ from it in `numbers` alone."""
         return self.methods[0]
 
+    @property
+    def numbers(self) -> list[str]:
+        """The hyperparameters in which they differ, all floats; none of a method alone."""
+        first = self.method.hyperparameters
+        return [name for name in first if any(one.hyperparameters[name] != first[name] for one in self.methods)]
 
-def grouped(methods: Iterable[Method]) -> list[Group]:
-    """The methods in groups, in their order. A rule with one group has its name as title."""
-    groups = [[method] for method in methods]
-    counts, seen = Counter(own[0].name for own in groups), Counter[str]()
-    named = []
-    for own in groups:
+
+def alike(methods: Iterable[Method], most: int | None) -> list[list[Method]]:
+    """The methods in their order, at most so many together that differ only in floats; None is as many as there are."""
+    found: dict[str, list[list[Method]]] = {}
+    together: list[list[Method]] = []
+    for method in methods:
+        rest = {name: value for name, value in method.hyperparameters.items() if not isinstance(value, float)}
+        own = found.setdefault(json.dumps([method.name, rest], sort_keys=True), [])
+        if not own or len(own[-1]) == most:
+            own.append([])
+            together.append(own[-1])
+        own[-1].append(method)
+    return together
+
+
+def titled(together: Sequence[Sequence[Method]]) -> list[Group]:
+    """Groups of these methods. A rule with one group has its name as title."""
+    counts, seen = Counter(own[0].name for own in together), Counter[str]()
+    groups = []
+    for own in together:
         name = own[0].name
         seen[name] += 1
-        named.append(Group(name if counts[name] == 1 else f"{name} {seen[name]}/{counts[name]}", own))
-    return named
+        groups.append(Group(name if counts[name] == 1 else f"{name} {seen[name]}/{counts[name]}", own))
+    return groups
 
 
 def first_of_each(groups: Iterable[Group]) -> list[Group]:

@@ -19,14 +19,15 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.predictions import Evaluator
 from jaxunlearn.evaluation.relearning import Relearning
 from jaxunlearn.files import LOCK_REMEDY, check_lockable, check_writable
+from jaxunlearn.methods.rule import Context
 from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.ops import native
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.registry import RETRAIN, build_rule, names
+from jaxunlearn.registry import RETRAIN, Method, build_rule, names
 from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
-from jaxunlearn.runs.groups import Group, first_of_each, grouped
+from jaxunlearn.runs.groups import Group, alike, first_of_each, titled
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.checking import check_rule
 from jaxunlearn.training.loop import Timing, batch_sizes
@@ -51,7 +52,7 @@ class Prepared:
     verified: bool  # whether that is the official one's
     evaluator: Evaluator
     relearning: Relearning | None  # where the models are evaluated in full
-    groups: list[Group]
+    groups: list[Group] = dataclasses.field(default_factory=list)
     unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by title, until it is done
 
     @functools.cached_property
@@ -79,7 +80,8 @@ class Prepared:
         """The unlearning of a group, for the seeds on `mesh`. Raises UserError for a rule that breaks its contract."""
         protocol = self.request.protocol
         classes = DATASETS[protocol.dataset].num_classes
-        return Unlearning(group.method, self.network, protocol, classes, self.train, self.split, mesh, self.timing)
+        own = self.train, self.split, mesh, self.timing, group.numbers
+        return Unlearning(group.method, self.network, protocol, classes, *own)
 
 
 def prepare(request: Request, reporter: Reporter) -> Prepared:
@@ -117,9 +119,7 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             weights = request.init_weights
             models = given(weights, protocol, network, len(request.seeds), mesh) if weights else None
             context = make_context(network, protocol, num_classes, steps_per_epoch=1)
-            for method in (group.method for group in first_of_each(grouped(request.methods))):
-                if method.name not in (*names(), RETRAIN):  # the user's own, which is looked at before a download
-                    check_rule(method, build_rule(method, context), context, [(4, 4)])
+            _check_rules(request, context)
             with timing("data_s"):
                 dataset = load(protocol.dataset, request.data_dir, request.cache_dir, reporter.shows)
         check_agreement(dataset.digest)
@@ -148,19 +148,40 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             dataset.verified,
             evaluator,
             relearning,
-            grouped(request.methods),
         )
         for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
             prepared.batches(count, kind)  # raises where they make no batch
+        groups = _groups(prepared)
         unlearnings = {
             group.title: prepared.unlearning(group, make_mesh(prepared.count(group), request.devices))
-            for group in prepared.groups
+            for group in groups
             if group.method.name != RETRAIN
         }
-        for group in first_of_each(prepared.groups):
+        for group in first_of_each(groups):
             if group.title in unlearnings:
                 unlearnings[group.title].check()
-        return dataclasses.replace(prepared, unlearnings=unlearnings)
+        return dataclasses.replace(prepared, groups=groups, unlearnings=unlearnings)
+
+
+def _check_rules(request: Request, context: Context) -> None:
+    """Raises UserError for a hyperparameter that a rule refuses, and for a user's rule that breaks the contract."""
+    checked: set[str] = {*names(), RETRAIN}
+    for method in request.methods:
+        rule = None if method.name == RETRAIN else build_rule(method, context)
+        if rule and method.name not in checked:  # of variants one: a trace takes seconds
+            check_rule(method, rule, context, [(4, 4)])
+        checked.add(method.name)
+
+
+def _groups(run: Prepared) -> list[Group]:
+    """What runs together; of a rule that looks at its numbers each variant runs alone."""
+    most = run.request.together or (1 if jax.default_backend() == "cpu" else None)
+    together: list[list[Method]] = []
+    for methods in alike(run.request.methods, most):
+        group = Group("", methods)
+        apart = group.numbers and not run.unlearning(group, run.mesh).takes_numbers()
+        together += [[method] for method in methods] if apart else [methods]
+    return titled(together)
 
 
 def _check_outputs(request: Request) -> None:

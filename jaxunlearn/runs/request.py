@@ -60,6 +60,7 @@ class Request:
     evaluate: str = EVALUATIONS[0]
     keep_predictions: bool = False
     force: bool = False
+    together: int | None = None  # at most so many variants of a rule at once; None: on a CPU one, else all
     once: bool = False  # whoever asks will not ask again for what is done: nothing of it is kept to go on from
 
     def draws(self, method: Method) -> int:
@@ -80,7 +81,7 @@ class Request:
         """What every process of a run must have been told alike."""
         methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
         told = self.devices, self.deterministic, self.attempts, self.export_weights is not None
-        asked = self.unlearn_seeds, self.evaluate, self.keep_predictions
+        asked = self.unlearn_seeds, self.evaluate, self.keep_predictions, self.together
         return self.bench, self.protocol, methods, self.seeds, *told, *asked
 
     def weights_path(self, record: Path) -> Path | None:

@@ -170,10 +170,12 @@ def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: 
         if len(chosen) < total:
             unlearning = run.unlearning(group, make_mesh(len(chosen), run.request.devices))
         seeds = np.asarray(chosen) % count
-        models = place_seeds(
+        params, batch_stats = place_seeds(
             jax.tree.map(lambda x: x[seeds], (pretrained.params, pretrained.batch_stats)), unlearning.mesh
         )
-        return Start(unlearning, partial(unlearning.start, *models))
+        variants = [group.methods[i // (total // len(group.methods))].hyperparameters for i in chosen]
+        numbers = {name: [own[name] for own in variants] for name in group.numbers}
+        return Start(unlearning, partial(unlearning.start, params, batch_stats, numbers=numbers))
 
     return _to_the_end(run, start, entries, group.title, run.request.draws(group.method))
 
@@ -181,7 +183,9 @@ def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: 
 def _unlearn_entries(run: Prepared, group: Group, pretrained: Models) -> list[Entry]:
     request = run.request
     return [
-        unlearn_entry(request.cache_dir, request.protocol, run.digest, seed, method, max(0, attempts - 1), draw)
+        unlearn_entry(
+            request.cache_dir, request.protocol, run.digest, seed, method, max(0, attempts - 1), draw, group.numbers
+        )
         for method, draw in itertools.product(group.methods, range(request.draws(group.method)))
         for seed, attempts in zip(request.seeds, pretrained.attempts, strict=True)
     ]

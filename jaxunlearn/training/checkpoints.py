@@ -102,15 +102,18 @@ def unlearn_entry(
     method: Method,
     attempt: int = 0,
     unlearn_seed: int = 0,
+    numbers: Sequence[str] = (),
 ) -> Entry:
     """The entry of a model that `method` is unlearning. A rule whose file has changed since starts afresh.
 
-    `attempt` is that of the pretrained model, `unlearn_seed` which of its unlearnings this is, both from 0.
+    `attempt` is that of the pretrained model, `unlearn_seed` which of its unlearnings this is, both from 0. `numbers`
+    are the hyperparameters that the state holds.
     """
     about = _fields(protocol) | {"digest": digest, "seed": seed}
     about |= {"method": method.name, "hyperparameters": method.hyperparameters, "source": method.source}
     about |= {"attempt": attempt} if attempt else {}
     about |= {"unlearn_seed": unlearn_seed} if unlearn_seed else {}
+    about |= {"numbers": list(numbers)} if numbers else {}
     again = f"-unlearn{unlearn_seed}" if unlearn_seed else ""
     name = f"{method.name}-{protocol.model}-{protocol.dataset}-seed{seed}{again}"
     return _entry(cache_dir / "unlearning", name, about)
