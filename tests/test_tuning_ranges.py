@@ -33,6 +33,9 @@ def test_the_rule_says_better_and_the_user_says_last():
         ({"weight": (1, 0)}, {}, "the high end one that is no lower"),
         ({"weight": (0, float("nan"))}, {}, "must be a number"),
         ({"weight": 3}, {}, "write two numbers"),
+        ({"weight": (1, 10**400)}, {}, "must be a number"),
+        (None, {"k": "1:" + "9" * 400}, "must be a number"),
+        (None, {"k": "1:" + "9" * 5000}, "write two whole numbers"),
         ({"weight": ("a", "b")}, {}, "write two numbers"),
         (None, {"weight": "1"}, "--range mine.weight=1: write two numbers"),
         (None, {"weight": "1:b"}, "--range mine.weight=1:b: write two numbers"),
@@ -52,6 +55,7 @@ def test_wide_ranges_are_looked_through_by_their_logarithm_and_ints_stay_ints():
     assert [Range(1.0, 9.0).at(share) for share in (0.0, 0.5, 1.0)] == [1.0, 5.0, 9.0]
     assert [Range(1, 4).at(share) for share in (0.0, 0.24, 0.26, 0.99, 1.0)] == [1, 1, 2, 4, 4]
     assert Range(0.1, 0.9).at(1 / 3) == 0.3667
+    assert Range(-1e308, 1e308).at(0.75) == 5e307 and Range(1e-320, 1e300).at(0.5) == 1e-10
 
 
 def test_trials_begin_with_the_defaults_and_more_begin_with_fewer():

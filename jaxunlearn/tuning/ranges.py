@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.registry import Method
 
 MOST = 1_000  # trials of a method
+LARGEST = 2**31 - 1  # int
 WIDE = 10  # times its low end that a range's high end must be to be looked through by its logarithm
 
 
@@ -31,8 +33,10 @@ class Range(NamedTuple):
         low, high = self
         if isinstance(low, int):
             return min(low + int(share * (high - low + 1)), high)
-        wide = low > 0 and high / low >= WIDE
-        value = low * (high / low) ** share if wide else low + share * (high - low)
+        if low > 0 and high >= WIDE * low:
+            value = math.exp((1 - share) * math.log(low) + share * math.log(high))
+        else:
+            value = (1 - share) * low + share * high
         return min(max(float(f"{value:.4g}"), low), high)
 
 
@@ -118,7 +122,9 @@ def _checked(place: str, ends: Any, default: Any) -> Range:
     whole = all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
     if len(pair) != 2 or not (whole or (kind is float and all(isinstance(end, int | float) for end in pair))):
         raise UserError(f"{place}: write two {'whole ' if kind is int else ''}numbers, the low end and the high end")
-    low, high = map(kind, pair)
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+    low, high = pair
+    largest = sys.float_info.max if kind is float else LARGEST
+    if not -largest <= low <= high <= largest:
         raise UserError(f"{place}: the low end must be a number, and the high end one that is no lower")
+    low, high = kind(low), kind(high)
     return Range(low, high)
