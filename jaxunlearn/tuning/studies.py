@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.errors import UserError, WriteError, one_line
-from jaxunlearn.files import write_atomically
+from jaxunlearn.files import check_writable, write_atomically
 from jaxunlearn.registry import Method
 from jaxunlearn.runs.command_line import tune_command
 from jaxunlearn.runs.request import Request
@@ -68,9 +68,10 @@ def resumed(study: Study, force: bool) -> Study:
 
     A file of other settings is refused; with `force` it gets another name, and the study begins anew.
 
-    Raises UserError for that, and for what is no such file.
+    Raises UserError for that, for what is no such file, and where none can be written.
     """
     path, content = study.path, study.content
+    check_writable(path.parent)
     if not path.is_file():
         return study
     try:
@@ -91,7 +92,10 @@ def resumed(study: Study, force: bool) -> Study:
         )
         remedy = "pass --force to put that file aside and begin anew, or another --out"
         raise UserError(f"{path} is of other settings ({there}): {remedy}")
-    path.rename(path.with_name(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json"))
+    try:
+        path.rename(path.with_name(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json"))
+    except OSError as error:
+        raise UserError(f"cannot put {path} aside: {one_line(error)}") from None
     return study
 
 
