@@ -85,8 +85,12 @@ def run(args: argparse.Namespace) -> int:
             for one in methods
         ]
         found = tune(request, studies, Reporter(args.quiet), args.force, _warn)
-    for study in found if leads() else ():
-        print(json.dumps(study.content)) if args.json else print_study(study, request)
+    for number, study in enumerate(found if leads() else ()):
+        if args.json:
+            print(json.dumps(study.content))
+        else:
+            print(end="\n" if number else "")
+            print_study(study, request)
     return 0
 
 

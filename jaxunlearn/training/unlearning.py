@@ -146,14 +146,18 @@ class Unlearning:
         Args:
           numbers: by name, for each of the models.
         """
-        values = {name: np.asarray((numbers or {})[name], x.dtype) for name, x in dict(self._numbers).items()}
+        numbers = numbers or {}
+        values = {name: np.asarray(numbers[name], x.dtype) for name, x in dict(self._numbers).items()}
         with self.timing("compile_s"):
             own = params, batch_stats, *place_seeds((keys, values or ()), self.mesh)
             carry = jax.jit(over_seeds(self._init, self.mesh))(own, None)
             jax.block_until_ready(carry)
         if self._rule.prepare is None:
             return carry
-        prepared = [self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i]) for i in range(len(keys))]
+        prepared = []
+        for i in range(len(keys)):
+            own_numbers = {name: float(numbers[name][i]) for name in numbers}
+            prepared.append(self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i], own_numbers))
         return place_seeds(jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared), self.mesh)
 
     def abstract(self, position: Position) -> Carry:
@@ -178,8 +182,8 @@ class Unlearning:
         # Copies, because the loop donates: a teacher must not share its buffers with the student.
         return jax.tree.map(jnp.copy, carried(params, state, numbers))
 
-    def _prepare(self, carry: Carry, key: jax.Array) -> Carry:
-        rule = self._rule_of({name: float(value) for name, value in dict(carry.numbers).items()})
+    def _prepare(self, carry: Carry, key: jax.Array, numbers: Mapping[str, float]) -> Carry:
+        rule = self._rule_of(numbers)
         assert rule.prepare is not None
         zero, key = place_shared((jnp.zeros((), jnp.int32), stream_key(key, Stream.RULE)), self.mesh)
         before = state = carry.state(key, zero, zero)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxunlearn.registry import RETRAIN, get_method
+from jaxunlearn.results.tables import WORDS
 from jaxunlearn.runs.command_line import command_of
 from jaxunlearn.runs.request import Request
 from jaxunlearn.tuning.studies import SHOWN, Study
@@ -22,8 +23,9 @@ def print_study(study: Study, request: Request, file: TextIO | None = None) -> N
     if not console.is_terminal:
         console.width = FILE_WIDTH
     trials, best = study.content["trials"], study.content["best"]
-    kind = "trial(s)" if study.content["ranges"] else "trial, there being nothing to tune,"
-    console.print(f"{request.bench}, {study.method.name}: {len(trials)} {kind} on validation images", style="bold")
+    count = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+    fixed = "" if study.content["ranges"] else "; it has nothing to tune"
+    console.print(f"{request.bench}, {study.method.name}: {count} on validation images{fixed}", style="bold")
     varied = list(study.content["ranges"])
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("trial", *varied, "average_gap", *SHOWN, "seconds", "remarks"):
@@ -57,7 +59,8 @@ def _order(trial: Mapping[str, Any]) -> float:
 def _remarks(number: int, trial: Mapping[str, Any]) -> list[str]:
     counted = [] if trial["counted"] == trial["records"] else [f"{trial['counted']} of {trial['records']} runs counted"]
     status = [] if trial["status"] == "ok" else [trial["status"]]
-    return [*(["defaults"] if number == 0 else []), *status, *trial["flags"], *counted]
+    flags = [WORDS[name][0] for name in trial["flags"]]
+    return [*(["defaults"] if number == 0 else []), *status, *flags, *counted]
 
 
 def _shown(value: float | None) -> str:
