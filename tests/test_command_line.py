@@ -12,7 +12,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.methods import retain_finetune
 from jaxunlearn.registry import BASELINES, SUBMITTED, get_method, names
 from jaxunlearn.runs import request as runs_request
-from jaxunlearn.runs.command_line import command_of, seeds_as_typed
+from jaxunlearn.runs.command_line import command_of, seeds_as_typed, tune_command
 from jaxunlearn.runs.request import Request, get_methods, parse_seeds, with_retrain
 
 CIFAR = "resnet20-cifar10-class0"
@@ -54,6 +54,15 @@ def test_the_command_of_a_record_makes_its_request_again(name, text):
     assert again.methods[-1] == method
     if method.name != "retrain":
         assert [one.name for one in again.methods] == [one.name for one in request.methods]
+
+
+def test_the_command_of_a_study_tunes_as_it_was_tuned():
+    request = request_of(CIFAR, "--method scrub --pretrain-epochs 8 --validation --set scrub.forget_epochs=3")
+    command = tune_command(request, request.methods[0], 4, ["forget_epochs"], {"alpha": "0.1:0.2"})
+    assert command == (
+        f"jaxunlearn tune --bench {CIFAR} --method scrub --seeds 42 --trials 4 --pretrain-epochs 8 "
+        "--set scrub.forget_epochs=3 --range scrub.alpha=0.1:0.2"
+    )
 
 
 def test_a_default_request_has_a_short_command():

@@ -39,6 +39,7 @@ def tune_command(request: Request, method: Method, trials: int, held: Iterable[s
         words += ["--set", f"{method.name}.{key}={as_typed(method.hyperparameters[key])}"]
     for key, text in ranges.items():
         words += ["--range", f"{method.name}.{key}={text}"]
+    words += ["--together", str(request.together)] if request.together else []
     return shlex.join(words + _where_words(request))
 
 
