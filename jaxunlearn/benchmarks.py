@@ -32,6 +32,7 @@ FLAGS = {
     "precision": "of the computation (default: fp32, on a GPU tf32); parameters and statistics stay fp32",
 }
 SWITCHES = {  # further ones, that only turn something on
+    "validation": "evaluate on a tenth of the training images, which is not trained on, in place of the test images",
     "drop_last": "leave out partial last batches",
     "mia_augment": "score by the attack that sees the forget-train images augmented",
 }
@@ -53,6 +54,7 @@ class Protocol:
     std: tuple[float, ...]  # A
     forget_class: int = 0  # K
     train_limit: int | None = None  # class-balanced subset of the training images; None is all of them
+    validation: bool = False  # a tenth of them, of each class the last in file order, stands in for the test images
     init_weights: str | None = None  # SHA-256 of the weights to start from in place of pretraining
 
     # Batches. Images are 32 x 32 (I); FashionMNIST and the digits are resized to it.
@@ -95,6 +97,7 @@ PRETRAIN_FIELDS = (
     "mean",
     "std",
     "train_limit",
+    "validation",
     "batch_size",
     "drop_last",
     "crop_pixels",
@@ -173,5 +176,7 @@ def validate(protocol: Protocol, num_classes: int) -> None:
         raise UserError(
             f"train_limit is {protocol.train_limit}: {protocol.dataset} needs at least {num_classes}, one image a class"
         )
+    if protocol.validation and protocol.init_weights is not None:
+        raise UserError("validation: given weights may have seen the images that stand in for the test images")
     if len(protocol.mean) != 3 or len(protocol.std) != 3 or min(protocol.std) <= 0:
         raise UserError("mean and std need three values each, one a channel, and std must be positive")

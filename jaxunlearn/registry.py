@@ -47,6 +47,7 @@ class Method(NamedTuple):
     source: str = ""  # SHA-256 of the rule's file, of one that ships also of those that it is made of; empty where it
     # has none, and nobody can say what it depends on
     reads: str = ""  # which data the rule reads, by its docstring; empty where that does not say
+    ranges: Any = None  # what the rule's file says of where to look for hyperparameters; None where it says nothing
 
 
 def names() -> list[str]:
@@ -74,7 +75,7 @@ def get_method(method: Named, settings: dict[str, str] | None = None) -> Method:
 
     Raises UserError for an unknown name, a file that is no rule, and an unknown or ill-typed setting.
     """
-    title, text, source = title_of(method), str(method), ""
+    title, text, source, ranges = title_of(method), str(method), "", None
     if text == RETRAIN:
         return Method(RETRAIN, None, {}, _apply(RETRAIN, {}, settings or {}), reads="retain")
     if callable(method):
@@ -82,17 +83,18 @@ def get_method(method: Named, settings: dict[str, str] | None = None) -> Method:
         factory = _of_class(method) if isinstance(method, type) else method
     elif text.endswith(".py"):
         _check_title(title, text, "the file", title.isprintable() and not title.startswith("."))
-        factory = _load_file(Path(text))
+        factory, ranges = _load_file(Path(text))
         source = hashlib.sha256(Path(text).read_bytes()).hexdigest()
     elif title in names():
         module = importlib.import_module(f"{methods.__name__}.{title}")
-        factory = module.rule
+        factory, ranges = module.rule, getattr(module, "ranges", None)
         source = hashlib.sha256(b"".join(_files_of(module, {}).values())).hexdigest()
     else:
         nearest = difflib.get_close_matches(title, [*names(), RETRAIN], n=1, cutoff=0)[0]
         raise UserError(f"unknown method '{title}': did you mean '{nearest}'? (a rule file's name ends in .py)")
     defaults = _defaults(title, factory)
-    return Method(title, factory, defaults, _apply(title, defaults, settings or {}), source, sentence(factory, "Reads"))
+    applied, reads = _apply(title, defaults, settings or {}), sentence(factory, "Reads")
+    return Method(title, factory, defaults, applied, source, reads, ranges)
 
 
 def _files_of(module: ModuleType, found: dict[str, bytes]) -> dict[str, bytes]:
@@ -211,7 +213,8 @@ def _check_json(value: Any) -> None:
     json.dumps(value, allow_nan=False, sort_keys=True)
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path) -> tuple[Any, Any]:
+    """A file's factory and its `ranges`."""
     if not os.path.isfile(path):  # unlike Path's own, of any text
         raise UserError(f"{path}: no such rule file")
     spec = importlib.util.spec_from_file_location(f"jaxunlearn_rule_{path.stem}", path)
@@ -223,7 +226,7 @@ def _load_file(path: Path) -> Any:
         except ModuleNotFoundError as error:
             raise UserError(advice(error)) from error
     if "rule" in vars(module):
-        return module.rule
+        return module.rule, vars(module).get("ranges")
     with blamed(str(path)):
         classes = {
             value
@@ -237,4 +240,4 @@ def _load_file(path: Path) -> Any:
             raise UserError(f"{several} have an `unlearn_step`: {write}")
         if not classes:
             raise UserError("the rule file defines no `rule`, and no class with an `unlearn_step`")
-        return as_rule(*classes)
+        return as_rule(*classes), vars(module).get("ranges")

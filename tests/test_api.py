@@ -24,7 +24,7 @@ from test_bench import BENCH, TINY, bench
 import jaxunlearn
 from jaxunlearn import UserError, benchmarks
 from jaxunlearn.benchmarks import Protocol
-from jaxunlearn.commands.bench import FLAGS, SWITCHES, add_arguments
+from jaxunlearn.commands.bench import add_arguments
 from jaxunlearn.commands.parser import Parser
 from jaxunlearn.devices import configuration
 from jaxunlearn.evaluation.metrics import METRICS
@@ -143,8 +143,8 @@ def test_every_flag_is_a_keyword():
     flags = {action.dest for action in parser._actions if action.option_strings} - {"help", "list", "json"}
     flags -= {"coordinator", "num_processes", "process_id", "method"}  # JAX's own affair; `methods`
     named = set(inspect.signature(jaxunlearn.run).parameters) - {"methods", "protocol"}
-    assert flags == named | {*FLAGS, *SWITCHES}
-    assert {*FLAGS, *SWITCHES} <= {field.name for field in dataclasses.fields(Protocol)}
+    assert flags == named | {*benchmarks.FLAGS, *benchmarks.SWITCHES}
+    assert {*benchmarks.FLAGS, *benchmarks.SWITCHES} <= {field.name for field in dataclasses.fields(Protocol)}
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def bench(tmp_path, monkeypatch, capsys):
     settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in settings}
 
-    def run(*arguments):
-        status = main(["bench", *arguments, "--cache-dir", "cache"])
+    def run(*arguments, command="bench"):
+        status = main([command, *arguments, "--cache-dir", "cache"])
         return status, *capsys.readouterr()
 
     yield run

@@ -12,6 +12,7 @@ OFFICIAL = {
     "std": (0.2023, 0.1994, 0.2010),
     "forget_class": 0,
     "train_limit": None,
+    "validation": False,
     "init_weights": None,
     "batch_size": 128,
     "drop_last": False,
@@ -129,3 +130,9 @@ def test_a_value_no_run_can_have_is_refused(name, value, message):
 )  # fmt: skip
 def test_the_last_allowed_value_is_allowed(name, value):
     validate(dataclasses.replace(get_benchmark("resnet20-cifar10-class0"), **{name: value}), 10)
+
+
+def test_given_weights_are_not_asked_about_images_that_they_may_have_seen():
+    protocol = dataclasses.replace(get_benchmark("resnet20-cifar10-class0"), validation=True, init_weights="a hash")
+    with pytest.raises(UserError, match="given weights may have seen"):
+        validate(protocol, 10)

@@ -14,7 +14,7 @@ from orbax.checkpoint import Checkpointer
 
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, get_benchmark
 from jaxunlearn.errors import UserError
-from jaxunlearn.registry import get_method
+from jaxunlearn.registry import Method, get_method
 from jaxunlearn.training import checkpoints
 from jaxunlearn.training.checkpoints import (
     Position,
@@ -87,6 +87,13 @@ def test_key_depends_on_what_pretraining_reads_and_on_nothing_else(tmp_path):
         for change in ({}, {"digest": "e"}, {"seed": 1}, {"without": 0}, {"without": 1}, {"attempt": 1}, {"attempt": 2})
     }
     assert len(folders) == 7
+
+
+def test_entries_from_before_there_was_validation_are_found(tmp_path):
+    assert entry(tmp_path).folder.name == "resnet20-cifar10-seed42-347234e974d8662e"
+    method = Method("scrub", None, {}, {"temperature": 4.0}, "s")
+    folder = checkpoints.unlearn_entry(tmp_path, PROTOCOL, "d", 42, method).folder
+    assert folder.name == "scrub-resnet20-cifar10-seed42-7057974ceb3e83cf"
 
 
 def test_another_format_is_never_reused(tmp_path, monkeypatch):

@@ -6,13 +6,14 @@ import pytest
 
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.commands import bench
+from jaxunlearn.commands.arguments import read_protocol, run_parts
 from jaxunlearn.commands.parser import Parser
 from jaxunlearn.errors import UserError
 from jaxunlearn.methods import retain_finetune
 from jaxunlearn.registry import BASELINES, SUBMITTED, get_method, names
 from jaxunlearn.runs import request as runs_request
-from jaxunlearn.runs.command_line import command_of, seeds_as_typed
-from jaxunlearn.runs.request import Request, get_methods, make_protocol, parse_seeds, parse_settings, with_retrain
+from jaxunlearn.runs.command_line import command_of, seeds_as_typed, tune_command
+from jaxunlearn.runs.request import Request, get_methods, parse_seeds, with_retrain
 
 CIFAR = "resnet20-cifar10-class0"
 
@@ -22,22 +23,9 @@ def request_of(name, text):
     parser = Parser()
     bench.add_arguments(parser)
     args = parser.parse_args(["--bench", name, *shlex.split(text)])
-    settings = parse_settings(args.set)
-    changes = {key: value for key in (*bench.FLAGS, *bench.SWITCHES) if (value := getattr(args, key)) is not None}
-    protocol = make_protocol(name, changes, settings.pop("protocol", {}), None)
-    return Request(
-        name,
-        protocol,
-        get_methods(args.method, settings, with_retrain(name, args.against_retrain)),
-        parse_seeds(args.seeds),
-        Path("runs"),
-        Path("cache"),
-        devices=args.devices,
-        deterministic=args.deterministic,
-        attempts=args.attempts,
-        unlearn_seeds=args.unlearn_seeds,
-        evaluate=args.evaluate,
-    )
+    protocol, _, settings = read_protocol(args)
+    methods = get_methods(args.method, settings, with_retrain(name, args.against_retrain))
+    return Request(**run_parts(args), protocol=protocol, methods=methods, evaluate=args.evaluate)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +37,7 @@ def request_of(name, text):
         "--method bad_teacher --set bad_teacher.reset_bn=True --unlearn-seeds 3 --evaluate full",
         "--method scrub --against-retrain --attempts 1 --devices 2 --deterministic",
         "--method scrub --pretrain-epochs 8 --epoch-length retain --drop-last --mia-augment --train-limit 500",
+        "--method scrub --validation",
         "--method scrub --set protocol.pretrain_lr=0.05 --set protocol.flip=False --set 'protocol.std=(1.0, 0.5, 1.0)'",
     ],
 )
@@ -65,6 +54,15 @@ def test_the_command_of_a_record_makes_its_request_again(name, text):
     assert again.methods[-1] == method
     if method.name != "retrain":
         assert [one.name for one in again.methods] == [one.name for one in request.methods]
+
+
+def test_the_command_of_a_study_tunes_as_it_was_tuned():
+    request = request_of(CIFAR, "--method scrub --pretrain-epochs 8 --validation --set scrub.forget_epochs=3")
+    command = tune_command(request, request.methods[0], 4, ["forget_epochs"], {"alpha": "0.1:0.2"})
+    assert command == (
+        f"jaxunlearn tune --bench {CIFAR} --method scrub --seeds 42 --trials 4 --pretrain-epochs 8 "
+        "--set scrub.forget_epochs=3 --range scrub.alpha=0.1:0.2"
+    )
 
 
 def test_a_default_request_has_a_short_command():

@@ -234,3 +234,14 @@ def test_train_limit_takes_equally_many_of_each_class_from_the_front():
     few = ImageSet(kept.images, np.array([0, 0, 0, 1, 2, 2], np.int32))
     with pytest.raises(UserError, match="--train-limit 6: there are only 1 training images of one class"):
         datasets.limited(few, 3, 6)
+
+
+def test_of_each_class_the_last_tenth_is_held_out():
+    labels = np.array([0] * 20 + [1] * 9 + [0] * 9 + [1, 2, 2], np.int32)
+    images = np.arange(41).astype(np.uint8)[:, None, None, None]
+    train, validation = datasets.held_out(ImageSet(images, labels), 3)
+    assert validation.images.ravel().tolist() == [36, 37, 38, 40] and validation.labels.tolist() == [0, 0, 1, 2]
+    assert sorted([*train.images.ravel(), *validation.images.ravel()]) == list(range(41))
+    np.testing.assert_array_equal(train.labels, labels[train.images.ravel()])
+    with pytest.raises(UserError, match="--validation: class 2 has a single training image"):
+        datasets.held_out(ImageSet(images[:40], labels[:40]), 3)

@@ -115,6 +115,16 @@ def test_a_record_of_version_1_is_compared_as_it_was_written(path):
     assert not records.write(path, make(), force=False)
 
 
+def test_a_record_from_before_there_was_validation_is_of_the_same_settings(path):
+    old = make()
+    put(path, old | {"protocol": {name: value for name, value in old["protocol"].items() if name != "validation"}})
+    check(path, make())
+    assert records.read(path) == json.loads(json.dumps(old))
+    other = old["protocol"] | {"validation": True}
+    with pytest.raises(UserError, match="validation: false there, true here"):
+        check(path, old | {"protocol": other})
+
+
 def test_check_overwrite_names_what_differs(path):
     records.write(path, make("diverged"), force=False)
     check(path, make())  # tuples become lists on disk: still the same protocol

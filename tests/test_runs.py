@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from tiny import PROTOCOL
 
 from jaxunlearn import benchmarks
+from jaxunlearn.data.datasets import find, limited
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.metrics import METRICS
 from jaxunlearn.models import torch_weights
@@ -257,6 +258,64 @@ def test_weights_that_are_lost_in_the_last_step_are_seen_there(tmp_path, monkeyp
     assert record["flags"]["collapsed"] is None
 
 
+def test_a_run_may_hold_a_rule_several_times(tmp_path):
+    variants = [get_method("scrub", {"temperature": text}) for text in ("4", "2")]
+    request = dataclasses.replace(request_of(tmp_path, seeds=(1, 2)), methods=variants, once=True)
+    run = prepare(request, QUIET)
+    assert [group.title for group in run.groups] == ["scrub 1/2", "scrub 2/2"]
+    kept = []
+    for record, _ in running.results(run):
+        kept.append((record["hyperparameters"]["temperature"], record["seed"], numbers(record)))
+        unfinished = [path.name for path in tmp_path.glob("cache/unlearning/*")]
+        assert len(unfinished) == 2  # those of the variant that is being written; what is done is gone
+    assert [one[:2] for one in kept] == [(4.0, 1), (4.0, 2), (2.0, 1), (2.0, 2)]
+    assert not list(tmp_path.glob("cache/unlearning/*")) and not run.unlearnings
+    alone = results(request_of(tmp_path / "alone", method="scrub", settings={"temperature": "2"}, seeds=(1, 2)))
+    assert [one[2] for one in kept[2:]] == list(map(numbers, alone)) != [one[2] for one in kept[:2]]
+    folders = [request.record_path(method, 1).parent for method in variants]
+    assert folders[0] != folders[1] and all((folder / "seed2.json").is_file() for folder in folders)
+
+
+@pytest.mark.cpu
+def test_variants_that_are_unlearned_together_go_on_together(tmp_path, monkeypatch):
+    given, start = [], Unlearning.start
+    monkeypatch.setattr(Unlearning, "start", lambda *args, **own: given.append(own["numbers"]) or start(*args, **own))
+    variants = [get_method("negative_gradient", {"forget_weight": text}) for text in ("0.5", "2")]
+    found = []
+    for name, at in (("a", None), ("b", 17)):
+        request = request_of(tmp_path / name, protocol=STEPPED, seeds=(3, 4), together=2)
+        request = dataclasses.replace(request, methods=variants)
+        stop_after(monkeypatch, at)
+        with pytest.raises(KeyboardInterrupt) if at else contextlib.nullcontext():
+            found.append(results(request))
+        if at:
+            steps = stop_after(monkeypatch, None)
+            found.append(results(request))
+            assert len(steps) == 3 * 5 + 2 * 5 - at  # all four at once
+    assert given == [{"forget_weight": [0.5, 0.5, 2.0, 2.0]}] * 2
+    assert [(one["hyperparameters"]["forget_weight"], one["seed"]) for one in found[0]] == [
+        (weight, seed) for weight in (0.5, 2.0) for seed in (3, 4)
+    ]
+    assert list(map(numbers, found[0])) == list(map(numbers, found[1]))
+    assert len({str(numbers(one)) for one in found[0]}) == 4
+
+
+def test_variants_of_a_rule_that_looks_at_its_numbers_run_one_after_the_other(tmp_path):
+    rule = tmp_path / "looks.py"
+    rule.write_text(
+        "from jaxunlearn.methods.retain_finetune import rule as inner\n"
+        "def rule(context, *, weight: float = 1.0):\n"
+        "    return inner(context) if weight > 0 else inner(context)._replace(passes=())\n"
+    )
+    for name, titles in ((str(rule), ["looks 1/2", "looks 2/2"]), ("zeroed_logit", ["zeroed_logit"])):
+        first = get_method(name)
+        (key,) = first.defaults
+        request = request_of(tmp_path, together=2)
+        variants = [first, first._replace(hyperparameters={key: 3.0})]
+        run = prepare(dataclasses.replace(request, methods=variants), QUIET)
+        assert [group.title for group in run.groups] == titles
+
+
 def test_where_pretraining_diverges_nothing_is_unlearned(tmp_path, monkeypatch):
     protocol = dataclasses.replace(STEPPED, pretrain_lr=1e30)
     monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))
@@ -289,6 +348,14 @@ def test_retrain_never_sees_the_forgotten_class(tmp_path):
     assert record["forget_acc"] == 0 < record["before"]["forget_acc"]
     assert record["unlearn_steps"] == 12 * math.ceil(1291 / 64)  # 1,433 training images, 142 of them zeros
     assert len(list((tmp_path / "cache" / "pretrained").iterdir())) == 2
+
+
+def test_with_validation_training_images_stand_in_for_the_test_images(tmp_path):
+    run = prepare(request_of(tmp_path, protocol=dataclasses.replace(DIGITS, validation=True)), QUIET)
+    chosen = limited(find("digits", None, tmp_path).train, 10, 300)  # 30 a class, of each the last three held out
+    last = np.concatenate([np.flatnonzero(chosen.labels == label)[-3:] for label in range(10)])
+    np.testing.assert_array_equal(run.evaluator.labels.test, chosen.labels[np.sort(last)])
+    np.testing.assert_array_equal(run.train.labels, np.delete(chosen.labels, last))
 
 
 def test_given_weights_replace_pretraining(tmp_path, monkeypatch):

@@ -51,6 +51,8 @@ def render(records, file=None):
 
 def test_the_heading_says_what_the_numbers_were_computed_in_and_on():
     assert line(render([make("scrub")]), DIGITS).endswith("(tf32, NVIDIA H200)")
+    held_out = make("scrub") | {"protocol": {"precision": "tf32", "validation": True}}
+    assert line(render([held_out]), DIGITS).endswith("(tf32, NVIDIA H200, validation images)")
 
 
 def line(text, start):

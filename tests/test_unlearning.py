@@ -26,9 +26,9 @@ from tiny import (
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.data.batches import normalise
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods.rule import UnlearningRule, init_state
+from jaxunlearn.methods.rule import Pass, UnlearningRule, init_state
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.registry import Method
+from jaxunlearn.registry import Method, get_method
 from jaxunlearn.training.unlearning import Split, epoch_plan
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
@@ -165,6 +165,61 @@ def test_unlearning_can_be_resumed(started):
 def test_seeds_together_are_each_seed_alone(protocol, epochs, rtol):
     together = unlearn(RULE, protocol, SEEDS, epochs, mesh_of())
     assert_close(seed_of(together, 1), unlearn(RULE, protocol, SEEDS[1:], epochs, mesh_of()), rtol)
+
+
+@to_rounding
+def test_variants_together_are_each_variant_alone(protocol, epochs, rtol):
+    mesh, name = mesh_of(), "forget_weight"
+    with jax.enable_x64(protocol.precision == "fp64"), jax.set_mesh(mesh):
+        run, keys = make_unlearning(get_method(RULE), protocol, mesh, numbers=[name]), seed_keys(SEEDS)
+        assert run.takes_numbers()
+        models, numbers = make_models(protocol, SEEDS, mesh), {name: [0.5, 2.0]}  # the first is the default
+        carry, metrics = run_epochs(run, run.start(*models, keys, numbers), keys, epochs)
+        half, _ = run_epochs(run, run.start(*models, keys, numbers), keys, 1)
+        assert epochs == 1 or not assert_close(run_epochs(run, half, keys, epochs, first=1)[0], carry, 0)
+        other = make_unlearning(get_method(RULE, {name: "2"}), protocol, mesh)
+        alone = run_epochs(other, other.start(*models, keys), keys, epochs)
+    assert carry.numbers[name].tolist() == [0.5, 2.0]
+    both = carry._replace(numbers=()), metrics
+    assert_close(seed_of(both, 0), seed_of(unlearn(RULE, protocol, SEEDS, epochs, mesh), 0), rtol)
+    assert_close(seed_of(both, 1), seed_of(alone, 1), rtol)
+    assert_differ(carry.params, alone[0].params)
+
+
+def test_passes_and_prepare_know_a_variants_numbers():
+    def rule(context, *, scale: float = 1.0, shift: float = 0.0):
+        def prepare(params, state, retain_set, forget_set):
+            assert isinstance(shift, float)  # outside jit it is a number
+            return jax.tree.map(lambda x: x + shift, params), state
+
+        one = Pass(
+            "forget",
+            lambda params, state: jnp.zeros(()),
+            lambda params, state, carry, batch: carry + scale,
+            lambda params, state, carry: (jax.tree.map(lambda x: x * carry, params), state),
+        )
+        return UnlearningRule(lambda p, b, k: init_state(context, p, b, k), None, prepare, (one,))
+
+    method = Method("mine", rule, {"scale": 1.0, "shift": 0.0}, {"scale": 1.0, "shift": 0.0})
+    with jax.set_mesh(mesh_of()):
+        run, keys = make_unlearning(method, PROTOCOL, mesh_of(), numbers=["scale", "shift"]), seed_keys(SEEDS)
+        models = make_models(PROTOCOL, SEEDS, mesh_of())
+        carry = run.start(*models, keys, {"scale": [2.0, 3.0], "shift": [0.0, 1.0]})
+        carry, _ = run.epoch(carry, keys, -1)
+    expected = jax.tree.map(lambda x: np.stack([2 * x[0], 3 * (x[1] + 1)]), models[0])
+    assert_close(jax.device_get(carry.params), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("name", "takes"), [("salun", True), ("ssd", True), ("unsir", True), ("mine", False)])
+def test_a_rule_that_looks_at_its_numbers_is_known(name, takes):
+    def looks(context, *, weight: float = 1.0):
+        inner = get_method(RULE).factory(context)
+        return inner if weight > 0 else inner._replace(step=None)
+
+    method = Method("mine", looks, {"weight": 1.0}, {"weight": 1.0}) if name == "mine" else get_method(name)
+    floats = [key for key, value in method.defaults.items() if isinstance(value, float)]
+    with jax.set_mesh(mesh_of()):
+        assert make_unlearning(method, PROTOCOL, mesh_of(), numbers=floats).takes_numbers() is takes
 
 
 @pytest.mark.parametrize(

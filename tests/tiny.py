@@ -100,11 +100,13 @@ def pretraining_of(protocol, seeds, mesh):
     return Pretraining(network, protocol, make_images(), np.arange(COUNT), mesh, Timing()), seed_keys(seeds)
 
 
-def make_unlearning(method, protocol, mesh, data=None):
-    """The unlearning of a Method."""
+def make_unlearning(method, protocol, mesh, data=None, numbers=()):
+    """The unlearning of a Method, which is checked against its contract."""
     data = place_shared(data or make_images(), mesh)
     network = make_network(protocol, CLASSES)
-    return Unlearning(method, network, protocol, CLASSES, data, make_split(), mesh, Timing())
+    unlearning = Unlearning(method, network, protocol, CLASSES, data, make_split(), mesh, Timing(), numbers)
+    unlearning.check()
+    return unlearning
 
 
 @functools.cache

@@ -10,38 +10,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxunlearn.benchmarks import AGAINST_RETRAIN, ATTEMPTS, BENCHMARKS, CHOICES, EVALUATIONS, FLAGS, SWITCHES
-from jaxunlearn.errors import UserError
-from jaxunlearn.files import default_cache
+from jaxunlearn.benchmarks import AGAINST_RETRAIN, BENCHMARKS, EVALUATIONS, SWITCHES
+from jaxunlearn.commands.arguments import (
+    INTERRUPTED,
+    add_output,
+    add_processes,
+    add_protocol,
+    add_run,
+    add_where,
+    read_protocol,
+    run_parts,
+)
 
 if TYPE_CHECKING:
     from jaxunlearn.runs.preparation import Prepared
 
-INTERRUPTED = "interrupted: the same command goes on from the last checkpoint"
+__all__ = ["INTERRUPTED", "add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the command's arguments."""
+    add_run(parser)
     add = parser.add_argument
-    add("--bench", metavar="NAME", help="the benchmark: " + ", ".join(BENCHMARKS))
     add("--list", action="store_true", help="list benchmarks and methods with what they read, and stop")
-    add(
-        "--method",
-        nargs="+",
-        metavar="NAME|FILE.py",
-        help="methods by name, files with your own, or a group: baselines, submitted, all "
-        "(default: the four baselines and the output mask)",
-    )
-    add(
-        "--seeds", default="42", metavar="SEEDS", help="42, 0-7 or 1,5,9; several train together (default: %(default)s)"
-    )
-    add(
-        "--unlearn-seeds",
-        type=int,
-        default=1,
-        metavar="J",
-        help="unlearn each original J times, with random numbers of their own (default: %(default)s)",
-    )
     add(
         "--against-retrain",
         action=argparse.BooleanOptionalAction,
@@ -54,54 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=EVALUATIONS[0],
         help="full: also a linear probe, relearning and a support vector attack (default: %(default)s)",
     )
-    add(
-        "--attempts",
-        type=int,
-        default=ATTEMPTS,
-        metavar="N",
-        help="draw a seed that learns nothing in pretraining anew, to N attempts in all (default: %(default)s)",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME.KEY=VALUE",
-        help="a hyperparameter (scrub.temperature=2) or a field of the protocol (protocol.pretrain_lr=0.05)",
-    )
-    protocol = parser.add_argument_group(
-        "protocol", "where a value is not the benchmark's own, records go to a folder of their own"
-    )
-    for name, text in FLAGS.items():
-        flag = "--" + name.replace("_", "-")
-        if name in CHOICES:
-            protocol.add_argument(flag, choices=CHOICES[name], type=type(CHOICES[name][0]), help=text)
-        else:
-            protocol.add_argument(flag, type=int, metavar="N", help=text)
-    for name, text in SWITCHES.items():
-        protocol.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
-    protocol.add_argument(
+    add_protocol(parser, SWITCHES).add_argument(
         "--init-weights",
         type=Path,
         metavar="FILE",
         help="start from a PyTorch state_dict (.npz, .safetensors or, with PyTorch, its own files), no pretraining",
     )
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="PATH",
-        help="where the images are, a folder or a file (else $JAXUNLEARN_DATA, then the cache, then a download)",
-    )
-    where.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        default=default_cache(),
-        help="pretrained models, compiled programs, downloads (default: %(default)s)",
-    )
-    where.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("runs"), help="result records (default: %(default)s)"
-    )
+    where = add_where(parser)
     where.add_argument(
         "--export-weights",
         type=Path,
@@ -113,35 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write what each model says of each image, log-probabilities in float16, beside its record as .npz",
     )
-    where.add_argument(
-        "--devices",
-        type=int,
-        metavar="N",
-        help="how many devices, of each process; on a CPU, makes that many host devices",
-    )
-    where.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits from the same command on a GPU too, which is slower there; a CPU always has them",
-    )
-    where.add_argument(
-        "--save-every",
-        type=float,
-        default=120.0,
-        metavar="SECONDS",
-        help="seconds between two checkpoints of what is training (default: %(default)g)",
-    )
-    several = parser.add_argument_group(
-        "several processes",
-        "one run on several machines: the same command for each; Slurm, Open MPI and TPU pods set these",
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to be found by the others")
-    several.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
-    several.add_argument("--process-id", type=int, metavar="K", help="which of them this is, from 0 on")
-    output = parser.add_argument_group("output")
-    output.add_argument("--force", action="store_true", help="overwrite records")
-    output.add_argument("--json", action="store_true", help="print one JSON line a result and nothing else")
-    output.add_argument("--quiet", action="store_true", help="no progress")
+    add_processes(parser)
+    add_output(parser, "overwrite records")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -152,15 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxunlearn.devices.processes import join, keep_stdout_for_results, watched
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
-    from jaxunlearn.runs.request import (
-        Request,
-        get_methods,
-        make_protocol,
-        parse_seeds,
-        parse_settings,
-        settled,
-        with_retrain,
-    )
+    from jaxunlearn.runs.request import Request, get_methods, settled, with_retrain
 
     if args.list:
         print("benchmarks:", *(f"  {name}" for name in BENCHMARKS), sep="\n")
@@ -171,34 +86,18 @@ def run(args: argparse.Namespace) -> int:
         print(*(f"  {m.name:{width}}  {m.reads}{marks.get(m.name, '')}" for m in methods), sep="\n")
         print("groups of them: baselines, submitted, all")
         return 0
-    if not args.bench:
-        raise UserError("name a benchmark with --bench (--list shows all)")
-    settings = parse_settings(args.set)
-    if flagged := settings.get("protocol", {}).keys() & {*FLAGS, *SWITCHES}:
-        key = min(flagged)
-        raise UserError(f"--set protocol.{key}: it has a flag of its own, --{key.replace('_', '-')}")
-    changes = {name: value for name in (*FLAGS, *SWITCHES) if (value := getattr(args, name)) is not None}
-    protocol = make_protocol(args.bench, changes, settings.pop("protocol", {}), args.init_weights)
-    seeds = parse_seeds(args.seeds)
+    protocol, chosen, settings = read_protocol(args, args.init_weights)
+    parts = run_parts(args)
     if join(args.coordinator, args.num_processes, args.process_id):
         keep_stdout_for_results()
     request_devices(args.devices, args.deterministic)
     with watched(), within_memory():
         request = Request(
-            bench=args.bench,
-            protocol=settled(protocol, changes),
+            **parts,
+            protocol=settled(protocol, chosen),
             methods=get_methods(args.method, settings, with_retrain(args.bench, args.against_retrain)),
-            seeds=seeds,
-            out=args.out,
-            cache_dir=args.cache_dir,
-            data_dir=args.data_dir,
             init_weights=args.init_weights,
             export_weights=args.export_weights,
-            devices=args.devices,
-            deterministic=args.deterministic,
-            save_every=args.save_every,
-            attempts=args.attempts,
-            unlearn_seeds=args.unlearn_seeds,
             evaluate=args.evaluate,
             keep_predictions=args.keep_predictions,
             force=args.force,

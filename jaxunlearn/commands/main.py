@@ -4,13 +4,20 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxunlearn.commands import bench, gpu_check, leaderboard, parity, speed
+from jaxunlearn.commands import bench, gpu_check, leaderboard, parity, speed, tune
 from jaxunlearn.commands.parser import Parser, exit_status, take_command
 from jaxunlearn.devices.memory import plainly_started, restart_with_memory_kept
 from jaxunlearn.training.stopping import SIGNALS
 from jaxunlearn.version import __version__
 
-COMMANDS = {"bench": bench, "speed": speed, "parity": parity, "gpu-check": gpu_check, "leaderboard": leaderboard}
+COMMANDS = {
+    "bench": bench,
+    "tune": tune,
+    "leaderboard": leaderboard,
+    "speed": speed,
+    "parity": parity,
+    "gpu-check": gpu_check,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -81,6 +81,20 @@ def limited(images: ImageSet, num_classes: int, limit: int | None) -> ImageSet:
     return ImageSet(images.images[chosen], images.labels[chosen])
 
 
+def held_out(images: ImageSet, num_classes: int) -> tuple[ImageSet, ImageSet]:
+    """The images in two, both in file order: the last tenth of every class, at least one image, is the second.
+
+    Raises UserError for a class of one image.
+    """
+    last = np.zeros(len(images.labels), bool)
+    for label in range(num_classes):
+        places = np.flatnonzero(images.labels == label)
+        if len(places) == 1:
+            raise UserError(f"--validation: class {label} has a single training image, and none would be trained on")
+        last[places[len(places) - max(1, len(places) // 10) :]] = True
+    return ImageSet(images.images[~last], images.labels[~last]), ImageSet(images.images[last], images.labels[last])
+
+
 def _places(data_dir: Path | None, cache_dir: Path) -> list[Path]:
     named = [Path(place) for place in (data_dir, os.environ.get("JAXUNLEARN_DATA")) if place]
     return [*named, cache_dir / "data", cache_dir / "tfds"]

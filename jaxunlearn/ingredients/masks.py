@@ -28,11 +28,12 @@ def last_layers(names: Sequence[str], params: Mapping[str, Any], count: int) -> 
     return {name for layer in layers[max(len(layers) - count, 0) :] for name in layer}
 
 
-def largest(tree: PyTree, share: float) -> PyTree:
+def largest(tree: PyTree, share: float | jax.Array) -> PyTree:
     """Booleans, true for the `share` of all values of the tree together, f32 arrays, that is largest, and what equals
     the least of those."""
     values = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
-    least = jnp.sort(values)[round((1 - share) * values.size)]
+    place = (1 - share) * values.size
+    least = jnp.sort(values)[jnp.round(place).astype(int) if isinstance(place, jax.Array) else round(place)]
     return jax.tree.map(lambda leaf: leaf >= least, tree)
 
 

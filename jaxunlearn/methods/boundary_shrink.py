@@ -18,6 +18,8 @@ import jax.numpy as jnp
 
 from jaxunlearn.methods.rule import cross_entropy, loss_rule
 
+ranges = {"eps": (0.01, 0.3)}
+
 
 @loss_rule
 def rule(student, retain, forget, *, eps: float = 0.1):

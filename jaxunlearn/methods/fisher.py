@@ -25,6 +25,8 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.ingredients.gradients import zeros
 from jaxunlearn.methods.rule import Pass, UnlearningRule, init_state
 
+ranges = {"alpha": (1e-8, 1e-4), "images": (500, 2000)}
+
 
 def rule(
     context, *, alpha: float = 1e-6, largest: float = 1e3, largest_of_head: float = 1e2, images: int = 1000

@@ -33,6 +33,8 @@ from jaxunlearn.methods.rule import (
     update,
 )
 
+ranges = {"temperature": (1.0, 8.0), "teacher_share": (0.05, 0.95), "memory": (0.5, 0.99)}
+
 
 def rule(
     context,

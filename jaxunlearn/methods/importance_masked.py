@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jaxunlearn.ingredients.gradients import clip, norm
 from jaxunlearn.methods.rule import UnlearningRule, differentiate, init_state, supervised, update
 
+ranges = {"memory": (0.5, 0.99)}
+
 
 def rule(
     context,

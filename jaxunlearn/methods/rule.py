@@ -4,6 +4,9 @@ A rule file has one module-level name, `rule`: a factory `rule(context, *, hyper
 returns an `UnlearningRule`, much as an optax transformation does. Most rules are only a loss: `loss_rule` makes a
 factory from it. Everything here is for one seed; the loop vmaps it over seeds and shards it over devices.
 
+Beside `rule` a file may say between what ends tuning looks for a hyperparameter: `ranges = {"share": (0.1, 0.9)}`.
+Where it says nothing of a number, `jaxunlearn.tuning.ranges` says what is taken.
+
 The docstring of the file, or of the function, says which training images the rule reads, in one sentence that
 `--list` shows: "Reads: retain, forget images, a pass over all." Each part is retain, forget or (of a pass) all, with
 " images" behind it where the labels are not read; or the whole is "nothing". A rule that ships says in two more what it

@@ -23,9 +23,11 @@ from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.ingredients.masks import freeze_outside, largest
 from jaxunlearn.methods.rule import Pass, UnlearningRule, descend, init_state, relabelled
 
+ranges = {"share": (0.1, 0.9)}
+
 
 def rule(context, *, share: float = 0.5) -> UnlearningRule:
-    if not 0 < share <= 1:
+    if not isinstance(share, jax.Array) and not 0 < share <= 1:  # as one of several, it is not known here
         raise UserError(f"share is {share}: it must be more than 0 and at most 1")
 
     def init(params, batch_stats, key):

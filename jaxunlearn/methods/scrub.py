@@ -24,6 +24,8 @@ from jaxunlearn.methods.rule import (
     teach,
 )
 
+ranges = {"temperature": (1.0, 10.0), "gamma": (0.1, 1.0)}
+
 
 def rule(
     context, *, temperature: float = 4.0, gamma: float = 0.99, alpha: float = 0.01, forget_epochs: int = 2

@@ -19,6 +19,8 @@ import optax
 
 from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, descend, init_state
 
+ranges = {"images": (8, 64), "steps": (5, 50), "impair": (0.1, 0.9)}
+
 
 def rule(context, *, images: int = 32, rate: float = 0.1, steps: int = 25, impair: float = 0.5) -> UnlearningRule:
     labels, adam = jnp.full(images, context.forget_class, jnp.int32), optax.adam(rate)

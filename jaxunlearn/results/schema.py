@@ -13,6 +13,7 @@ from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.errors import printable
 
 VERSION = 2
+LATER = {"validation": False}  # of the protocol, what came after the first records of this version: as it was there
 
 LONGEST = 60  # characters of a value in a message
 TYPES = {
@@ -65,7 +66,8 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
         version = record["schema"]
         if isinstance(version, int) and version > VERSION:
             raise ValueError("written by a newer version of jaxunlearn: update it")
-        return dict(record)
+        protocol = record.get("protocol")
+        return {**record, "protocol": LATER | protocol} if isinstance(protocol, dict) else dict(record)
     given = {"unlearn_seed": 0, "curves": {}, "dataset": {}, "attempts": {}} | dict(record)
     flags = {"collapsed": given.pop("collapsed", None)}
     known = load_schema()["properties"]

@@ -54,7 +54,8 @@ def print_results(
     bench = records[0]["bench"]
 
     precision, device = records[0]["protocol"]["precision"], records[0]["environment"]["device_kind"]
-    console.print(f"{bench}, best symmetric_score first ({precision}, {device})", style="bold")
+    images = ", validation images" if records[0]["protocol"].get("validation") else ""
+    console.print(f"{bench}, best symmetric_score first ({precision}, {device}{images})", style="bold")
     _print_table(console, COLUMNS, lambda joint: [_cells(row, joint, plus_minus) for row in rows], PARTS)
     if repeated:
         console.print(f"{plus_minus} is half the 95% t-interval of the mean over seeds.")

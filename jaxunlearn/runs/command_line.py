@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jaxunlearn.benchmarks import ATTEMPTS, EVALUATIONS, FLAGS, SWITCHES, get_benchmark
 from jaxunlearn.registry import RETRAIN, Method, as_typed, names
@@ -14,20 +14,48 @@ def command_of(request: Request, method: Method) -> str | None:
     """The command that gives this method's records again, without folders; None where no file has the method."""
     if not method.source and method.name != RETRAIN:
         return None
-    own, used = dataclasses.asdict(get_benchmark(request.bench)), dataclasses.asdict(request.protocol)
-    changes = {k: v for k, v in used.items() if v != own[k]}
-    if used["precision"] != settled(get_benchmark(request.bench), ()).precision:
-        changes |= {"precision": used["precision"]}  # the platform's own would be another
     hyperparameters = {k: v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
-    shipped = method.name in (*names(), RETRAIN)
-    words = ["jaxunlearn", "bench", "--bench", request.bench, "--method", method.name + ("" if shipped else ".py")]
-    words += ["--seeds", seeds_as_typed(request.seeds)]
-    words += ["--unlearn-seeds", str(request.unlearn_seeds)] if request.unlearn_seeds > 1 else []
+    words = ["jaxunlearn", "bench", *_run_words(request, method)]
     compares = any(one.name == RETRAIN for one in request.methods)
     if method.name != RETRAIN and compares != with_retrain(request.bench, None):
         words.append("--against-retrain" if compares else "--no-against-retrain")
     words += ["--evaluate", request.evaluate] if request.evaluate != EVALUATIONS[0] else []
-    words += ["--attempts", str(request.attempts)] if request.attempts != ATTEMPTS else []
+    words += _protocol_words(request)
+    for key, value in hyperparameters.items():
+        words += ["--set", f"{method.name}.{key}={as_typed(value)}"]
+    return shlex.join(words + _where_words(request))
+
+
+def tune_command(request: Request, method: Method, trials: int, held: Iterable[str], ranges: Mapping[str, str]) -> str:
+    """The command that tunes this method alone as the request does, without folders.
+
+    Args:
+      held: hyperparameters that are set, to the method's own values.
+      ranges: those that were asked for, as typed.
+    """
+    words = ["jaxunlearn", "tune", *_run_words(request, method), "--trials", str(trials)]
+    words += [word for word in _protocol_words(request) if word != "--validation"]
+    for key in held:
+        words += ["--set", f"{method.name}.{key}={as_typed(method.hyperparameters[key])}"]
+    for key, text in ranges.items():
+        words += ["--range", f"{method.name}.{key}={text}"]
+    words += ["--together", str(request.together)] if request.together else []
+    return shlex.join(words + _where_words(request))
+
+
+def _run_words(request: Request, method: Method) -> list[str]:
+    shipped = method.name in (*names(), RETRAIN)
+    words = ["--bench", request.bench, "--method", method.name + ("" if shipped else ".py")]
+    words += ["--seeds", seeds_as_typed(request.seeds)]
+    return words + (["--unlearn-seeds", str(request.unlearn_seeds)] if request.unlearn_seeds > 1 else [])
+
+
+def _protocol_words(request: Request) -> list[str]:
+    own, used = dataclasses.asdict(get_benchmark(request.bench)), dataclasses.asdict(request.protocol)
+    changes = {k: v for k, v in used.items() if v != own[k]}
+    if used["precision"] != settled(get_benchmark(request.bench), ()).precision:
+        changes |= {"precision": used["precision"]}  # the platform's own would be another
+    words = ["--attempts", str(request.attempts)] if request.attempts != ATTEMPTS else []
     for key, value in changes.items():
         flag = "--" + key.replace("_", "-")
         if key == "init_weights":
@@ -38,10 +66,12 @@ def command_of(request: Request, method: Method) -> str | None:
             words += [flag, str(value)]
         else:
             words += ["--set", f"protocol.{key}={as_typed(value)}"]
-    for key, value in hyperparameters.items():
-        words += ["--set", f"{method.name}.{key}={as_typed(value)}"]
-    words += ["--devices", str(request.devices)] if request.devices else []
-    return shlex.join([*words, "--deterministic"] if request.deterministic else words)
+    return words
+
+
+def _where_words(request: Request) -> list[str]:
+    words = ["--devices", str(request.devices)] if request.devices else []
+    return [*words, "--deterministic"] if request.deterministic else words
 
 
 def seeds_as_typed(seeds: Sequence[int]) -> str:

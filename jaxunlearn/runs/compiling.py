@@ -14,13 +14,14 @@ from functools import partial
 import jax
 
 from jaxunlearn.devices.configuration import computing
+from jaxunlearn.runs.groups import first_of_each
 from jaxunlearn.runs.preparation import Prepared
 
 EVALUATE, RELEARN = ".evaluate", ".relearn"  # no method has such a name
 
 
 class Ahead:
-    """Programs by what they are for: a method, `EVALUATE` or `RELEARN`."""
+    """Programs by what they are for: the title of a group, `EVALUATE` or `RELEARN`."""
 
     def __init__(self, run: Prepared, futures: dict[str, Future[None]]):
         self._run, self._futures = run, futures
@@ -30,7 +31,7 @@ class Ahead:
 
         To be called before `name` is used: a rule may keep what it is traced with, so no two threads may trace it.
         """
-        future = self._futures.get(name)
+        future = self._futures.pop(name, None)
         if future and not future.cancel():
             with self._run.timing("compile_s"):
                 wait([future])
@@ -39,16 +40,7 @@ class Ahead:
 @contextmanager
 def compiled_ahead(run: Prepared) -> Iterator[Ahead]:
     """Compiles a run's programs in threads; what has not begun at the end is left out."""
-    count, x64 = len(run.keys), jax.dtypes.canonicalize_dtype(float).itemsize == 8
-    variables = jax.eval_shape(run.network.initialise, jax.eval_shape(jax.random.key, 0))
-    tasks: dict[str, tuple[jax.sharding.Mesh, Callable[[], None]]] = {}
-    if jax.default_backend() != "gpu":
-        tasks[EVALUATE] = run.mesh, partial(run.evaluator.compile, variables, count)
-        for method in run.request.methods:
-            if unlearning := run.unlearnings.get(method.name):
-                tasks[method.name] = unlearning.mesh, partial(unlearning.compile, run.count(method))
-        if run.relearning is not None:
-            tasks[RELEARN] = run.mesh, partial(run.relearning.compile, count)
+    x64 = jax.dtypes.canonicalize_dtype(float).itemsize == 8
 
     def work(mesh: jax.sharding.Mesh, task: Callable[[], None]) -> None:
         # JAX's settings are a thread's own. What is wrong with a program is said where it is called.
@@ -56,8 +48,26 @@ def compiled_ahead(run: Prepared) -> Iterator[Ahead]:
         with suppress(Exception), jax.enable_x64(x64), jax.set_mesh(mesh), precise:
             task()
 
+    tasks = {} if jax.default_backend() == "gpu" else _tasks(run)
     pool = ThreadPoolExecutor(max(1, min(len(tasks), os.cpu_count() or 1)), "compile")
+    futures = {name: pool.submit(work, *task) for name, task in tasks.items()}
+    del tasks  # or what is done with would be kept
     try:
-        yield Ahead(run, {name: pool.submit(work, *task) for name, task in tasks.items()})
+        yield Ahead(run, futures)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _tasks(run: Prepared) -> dict[str, tuple[jax.sharding.Mesh, Callable[[], None]]]:
+    """What compiles, and for which mesh."""
+    count = len(run.keys)
+    variables = jax.eval_shape(run.network.initialise, jax.eval_shape(jax.random.key, 0))
+    tasks: dict[str, tuple[jax.sharding.Mesh, Callable[[], None]]] = {
+        EVALUATE: (run.mesh, partial(run.evaluator.compile, variables, count))
+    }
+    for group in first_of_each(run.groups):
+        if unlearning := run.unlearnings.get(group.title):
+            tasks[group.title] = unlearning.mesh, partial(unlearning.compile, run.count(group))
+    if run.relearning is not None:
+        tasks[RELEARN] = run.mesh, partial(run.relearning.compile, count)
+    return tasks

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxunlearn.benchmarks import EVALUATIONS, MOST_SEEDS, validate
 from jaxunlearn.data.batches import Images, resize
-from jaxunlearn.data.datasets import DATASETS, ImageSet, limited, load
+from jaxunlearn.data.datasets import DATASETS, ImageSet, held_out, limited, load
 from jaxunlearn.devices.configuration import unused_gpu
 from jaxunlearn.devices.processes import all_or_none, check_agreement, leads
 from jaxunlearn.devices.sharding import make_mesh, place_shared
@@ -19,6 +19,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.predictions import Evaluator
 from jaxunlearn.evaluation.relearning import Relearning
 from jaxunlearn.files import LOCK_REMEDY, check_lockable, check_writable
+from jaxunlearn.methods.rule import Context
 from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.ops import native
 from jaxunlearn.progress import Reporter
@@ -26,6 +27,7 @@ from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import RETRAIN, Method, build_rule, names
 from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
+from jaxunlearn.runs.groups import Group, alike, first_of_each, titled
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.checking import check_rule
 from jaxunlearn.training.loop import Timing, batch_sizes
@@ -50,7 +52,8 @@ class Prepared:
     verified: bool  # whether that is the official one's
     evaluator: Evaluator
     relearning: Relearning | None  # where the models are evaluated in full
-    unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by method
+    groups: list[Group] = dataclasses.field(default_factory=list)
+    unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by title, until it is done
 
     @functools.cached_property
     def environment(self) -> dict[str, Any]:
@@ -64,20 +67,21 @@ class Prepared:
         defaults = {method.name: method.defaults for method in self.request.methods}
         return {"defaults": defaults, "members": members, "non_members": non_members}
 
-    def count(self, method: Method) -> int:
-        """How many models a method makes."""
-        return len(self.keys) * self.request.draws(method)
+    def count(self, group: Group) -> int:
+        """How many models a group makes."""
+        return len(self.keys) * self.request.draws(group.method) * len(group.methods)
 
     def batches(self, count: int, kind: str) -> list[int]:
         """The sizes of the batches of an epoch of (re)training on so many images of this `kind`."""
         protocol = self.request.protocol
         return batch_sizes(count, protocol.batch_size, protocol.drop_last, kind)
 
-    def unlearning(self, method: Method, mesh: jax.sharding.Mesh) -> Unlearning:
-        """The unlearning of a method, for the seeds on `mesh`. Raises UserError for a rule that breaks its contract."""
+    def unlearning(self, group: Group, mesh: jax.sharding.Mesh) -> Unlearning:
+        """The unlearning of a group, for the seeds on `mesh`. Raises UserError for a rule that breaks its contract."""
         protocol = self.request.protocol
         classes = DATASETS[protocol.dataset].num_classes
-        return Unlearning(method, self.network, protocol, classes, self.train, self.split, mesh, self.timing)
+        own = self.train, self.split, mesh, self.timing, group.numbers
+        return Unlearning(group.method, self.network, protocol, classes, *own)
 
 
 def prepare(request: Request, reporter: Reporter) -> Prepared:
@@ -115,15 +119,16 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             weights = request.init_weights
             models = given(weights, protocol, network, len(request.seeds), mesh) if weights else None
             context = make_context(network, protocol, num_classes, steps_per_epoch=1)
-            for method in request.methods:
-                if method.name not in (*names(), RETRAIN):  # the user's own, which is looked at before a download
-                    check_rule(method, build_rule(method, context), context, [(4, 4)])
+            _check_rules(request, context)
             with timing("data_s"):
                 dataset = load(protocol.dataset, request.data_dir, request.cache_dir, reporter.shows)
         check_agreement(dataset.digest)
         with timing("data_s"):
             chosen = limited(dataset.train, dataset.num_classes, protocol.train_limit)
-            train, test = _on_device(chosen, mesh), _on_device(dataset.test, mesh)
+            asked = dataset.test
+            if protocol.validation:
+                chosen, asked = held_out(chosen, dataset.num_classes)
+            train, test = _on_device(chosen, mesh), _on_device(asked, mesh)
         is_forget = chosen.labels == protocol.forget_class
         split = Split(np.flatnonzero(~is_forget), np.flatnonzero(is_forget))
         full = request.evaluate == "full"
@@ -146,12 +151,35 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         )
         for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
             prepared.batches(count, kind)  # raises where they make no batch
+        groups = _groups(prepared)
         unlearnings = {
-            method.name: prepared.unlearning(method, make_mesh(prepared.count(method), request.devices))
-            for method in request.methods
-            if method.name != RETRAIN
+            group.title: prepared.unlearning(group, make_mesh(prepared.count(group), request.devices))
+            for group in groups
+            if group.method.name != RETRAIN
         }
-        return dataclasses.replace(prepared, unlearnings=unlearnings)
+        for group in first_of_each(groups):  # all variants were looked at above, with smaller batches
+            if group.title in unlearnings:
+                unlearnings[group.title].check()
+        return dataclasses.replace(prepared, groups=groups, unlearnings=unlearnings)
+
+
+def _check_rules(request: Request, context: Context) -> None:
+    """Raises UserError for a hyperparameter that a rule refuses, and for a user's rule that breaks the contract."""
+    for method in request.methods:
+        rule = None if method.name == RETRAIN else build_rule(method, context)
+        if rule and method.name not in names():
+            check_rule(method, rule, context, [(4, 4)])
+
+
+def _groups(run: Prepared) -> list[Group]:
+    """What runs together; of a rule that looks at its numbers each variant runs alone."""
+    most = run.request.together or (1 if jax.default_backend() == "cpu" else None)
+    together: list[list[Method]] = []
+    for methods in alike(run.request.methods, most):
+        group = Group("", methods)
+        apart = group.numbers and not run.unlearning(group, run.mesh).takes_numbers()
+        together += [[method] for method in methods] if apart else [methods]
+    return titled(together)
 
 
 def _check_outputs(request: Request) -> None:

@@ -25,7 +25,7 @@ def make_record(
     steps: int,
     common: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The record of the model at `index`: draws of all seeds in a row. JSON values.
+    """The record of the model at `index`, of a method's group: draws of all seeds in a row. JSON values.
 
     Args:
       models: the pretrained ones and the method's.
@@ -34,7 +34,7 @@ def make_record(
       common: seconds that all methods share, by what they were spent on; `run.timing` has this method's.
     """
     request, timing, count = run.request, run.timing, len(run.request.seeds)
-    draw, i = divmod(index, count)
+    draw, i = index // count % request.draws(method), index % count
     (pretrained, unlearned), (before, after, retrained) = models, worth
     shares = len(unlearned.seconds)  # of what all models of this method took together
     pretrain_s, prepare_s = pretrained.seconds[i], unlearned.prepared[index]

@@ -60,6 +60,8 @@ class Request:
     evaluate: str = EVALUATIONS[0]
     keep_predictions: bool = False
     force: bool = False
+    together: int | None = None  # at most so many variants of a rule at once; None: on a CPU one, else all
+    once: bool = False  # whoever asks will not ask again for what is done: nothing of it is kept to go on from
 
     def draws(self, method: Method) -> int:
         """How many unlearnings of each original there are by a method: one by a reference, which draws nothing."""
@@ -79,7 +81,7 @@ class Request:
         """What every process of a run must have been told alike."""
         methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
         told = self.devices, self.deterministic, self.attempts, self.export_weights is not None
-        asked = self.unlearn_seeds, self.evaluate, self.keep_predictions
+        asked = self.unlearn_seeds, self.evaluate, self.keep_predictions, self.together
         return self.bench, self.protocol, methods, self.seeds, *told, *asked
 
     def weights_path(self, record: Path) -> Path | None:
@@ -108,14 +110,16 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def parse_settings(pairs: Sequence[str]) -> Settings:
+def parse_settings(
+    pairs: Sequence[str], flag: str = "--set", example: str = "VALUE, such as scrub.temperature=2"
+) -> Settings:
     """`["scrub.temperature=2"]` as `{"scrub": {"temperature": "2"}}`. Raises UserError for what is no such pair."""
     settings: Settings = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
         owner, _, key = name.rpartition(".")
         if not (owner and key and value):
-            raise UserError(f"--set {pair}: write NAME.KEY=VALUE, such as scrub.temperature=2")
+            raise UserError(f"{flag} {pair}: write NAME.KEY={example}")
         settings.setdefault(owner, {})[key] = value
     return settings
 

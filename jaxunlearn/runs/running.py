@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from jaxunlearn.models.weight_files import write_safetensors
 from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.results import records
 from jaxunlearn.runs.compiling import EVALUATE, RELEARN, compiled_ahead
+from jaxunlearn.runs.groups import Group
 from jaxunlearn.runs.preparation import Prepared
 from jaxunlearn.runs.recording import make_record
 from jaxunlearn.runs.scoring import Asked, Scorer
@@ -48,35 +49,52 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         if run.given is not None:
             _check_normalisation(run, originals.results[0]["retain_acc"], pretrained)
         common = dict(run.timing)
-        entries = {m.name: _unlearn_entries(run, m, pretrained) for m in request.methods if m.name in run.unlearnings}
+        entries = {g.title: _unlearn_entries(run, g, pretrained) for g in run.groups if g.title in run.unlearnings}
         unfinished = list(itertools.chain(*entries.values()))
-        # All at once: two processes must not wait for each other. Further draws are nobody's who has not the first.
-        stack.enter_context(locked([entry for own in entries.values() for entry in own[: len(request.seeds)]]))
+        if not request.once:  # all at once: two processes must not wait for each other
+            stack.enter_context(locked(_of_first_draws(run, unfinished)))
         before: list[dict[str, Any]] = []
-        for method in request.methods:
+        for group in run.groups:
             run.timing.clear()
-            if method.name == RETRAIN:  # the first of them
-                models = _train_or_load(run, without=request.protocol.forget_class)
-                steps = len(run.batches(len(run.split.retain), "retain")) * request.protocol.pretrain_epochs
-                asked = scorer.compare_with(models)
-            else:
-                ahead.ready(method.name)
-                models = _unlearn(run, method, entries[method.name], pretrained)
-                steps = run.unlearnings[method.name].steps_per_epoch * run.unlearnings[method.name].epochs
-                asked = scorer.ask(models)
-            if not before:
-                before = [scorer.worth(originals, i) for i in range(len(request.seeds))]
-            after = [scorer.worth(asked, i, method.name) for i in range(len(asked.predictions))]
-            for i, draw in itertools.product(range(len(request.seeds)), range(request.draws(method))):
-                index = draw * len(request.seeds) + i
-                reference = None if method.name == RETRAIN else scorer.reference(index)  # it has no better one
-                worth = before[i], after[index], reference and reference[1]
-                record = make_record(run, method, index, (pretrained, models), worth, steps, common)
-                yield record, _keep(run, method, index, record, asked)
-        if leads():
-            for entry in unfinished:  # only now: after an interruption the methods that are done are not redone
-                discard(entry)
+            own = entries.get(group.title, [])
+            with locked(_of_first_draws(run, own) if request.once else []):
+                if group.method.name == RETRAIN:  # the first of them
+                    asked = scorer.compare_with(_train_or_load(run, without=request.protocol.forget_class))
+                    steps = len(run.batches(len(run.split.retain), "retain")) * request.protocol.pretrain_epochs
+                else:
+                    ahead.ready(group.title)
+                    asked = scorer.ask(_unlearn(run, group, own, pretrained))
+                    steps = run.unlearnings.pop(group.title).steps  # what it has compiled goes with it
+                if not before:
+                    before = [scorer.worth(originals, i) for i in range(len(request.seeds))]
+                after = [scorer.worth(asked, i, group.method.name) for i in range(len(asked.predictions))]
+                for method, i, index in _places(run, group):
+                    reference = None if method.name == RETRAIN else scorer.reference(index)  # it has no better one
+                    worth = before[i], after[index], reference and reference[1]
+                    record = make_record(run, method, index, (pretrained, asked.models), worth, steps, common)
+                    yield record, _keep(run, method, index, record, asked)
+                if request.once:
+                    _discard(own)
+        if not request.once:
+            _discard(unfinished)  # only now: after an interruption the methods that are done are not redone
         meet()  # a process that ends takes the others with it
+
+
+def _places(run: Prepared, group: Group) -> Iterator[tuple[Method, int, int]]:
+    """(method, seed, index among the group's models) of each record of a group: methods, their seeds, their draws."""
+    seeds, draws = len(run.request.seeds), run.request.draws(group.method)
+    for number, i, draw in itertools.product(range(len(group.methods)), range(seeds), range(draws)):
+        yield group.methods[number], i, (number * draws + draw) * seeds + i
+
+
+def _of_first_draws(run: Prepared, entries: Sequence[Entry]) -> list[Entry]:
+    """What is to be locked: further draws are nobody's who has not the first."""
+    return [entry for entry in entries if "unlearn_seed" not in entry.about]
+
+
+def _discard(entries: Iterable[Entry]) -> None:
+    for entry in entries if leads() else ():
+        discard(entry)
 
 
 def _check_normalisation(run: Prepared, accuracy: float | None, models: Models) -> None:
@@ -135,36 +153,40 @@ def _train_or_load(run: Prepared, without: int | None) -> Models:
     entries = [entry(i, 0) for i in range(len(request.seeds))]
     redraw = Redraw(judge, request.attempts, entry) if judge else None
     with locked(entries):  # those of further attempts are nobody's who has not locked the first
-        return _to_the_end(run, start, entries, "pretrain" if without is None else RETRAIN, redraw)
+        return _to_the_end(run, start, entries, "pretrain" if without is None else RETRAIN, redraw=redraw)
 
 
-def _unlearn(run: Prepared, method: Method, entries: Sequence[Entry], pretrained: Models) -> Models:
-    """Every seed's model unlearned, the draws in a row: those of the first draw, those of the second, ..."""
-    count, draws = len(run.keys), run.request.draws(method)
+def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: Models) -> Models:
+    """Every seed's model unlearned by each method of a group: all seeds of its first draw, of its second, ..., then the
+    next method's."""
+    count, total = len(run.keys), run.count(group)
     if all(at is not None or bad for at, bad in zip(pretrained.diverged, pretrained.untrained, strict=True)):
-        return repeated(pretrained, draws, run.mesh)
-    if not method.source and leads():
-        for entry in entries:  # nobody can say whether it is of the same rule
-            discard(entry)
+        return repeated(pretrained, total // count, run.mesh)
+    if not group.method.source:
+        _discard(entries)  # nobody can say whether it is of the same rule
 
-    def start(group: list[int]) -> Start:
-        unlearning = run.unlearnings[method.name]
-        if len(group) < count * draws:
-            unlearning = run.unlearning(method, make_mesh(len(group), run.request.devices))
-        chosen = np.asarray(group) % count
-        models = place_seeds(
-            jax.tree.map(lambda x: x[chosen], (pretrained.params, pretrained.batch_stats)), unlearning.mesh
+    def start(chosen: list[int]) -> Start:
+        unlearning = run.unlearnings[group.title]
+        if len(chosen) < total:
+            unlearning = run.unlearning(group, make_mesh(len(chosen), run.request.devices))
+        seeds = np.asarray(chosen) % count
+        params, batch_stats = place_seeds(
+            jax.tree.map(lambda x: x[seeds], (pretrained.params, pretrained.batch_stats)), unlearning.mesh
         )
-        return Start(unlearning, partial(unlearning.start, *models))
+        variants = [group.methods[i // (total // len(group.methods))].hyperparameters for i in chosen]
+        numbers = {name: [own[name] for own in variants] for name in group.numbers}
+        return Start(unlearning, partial(unlearning.start, params, batch_stats, numbers=numbers))
 
-    return _to_the_end(run, start, entries, method.name)
+    return _to_the_end(run, start, entries, group.title, run.request.draws(group.method))
 
 
-def _unlearn_entries(run: Prepared, method: Method, pretrained: Models) -> list[Entry]:
+def _unlearn_entries(run: Prepared, group: Group, pretrained: Models) -> list[Entry]:
     request = run.request
     return [
-        unlearn_entry(request.cache_dir, request.protocol, run.digest, seed, method, max(0, attempts - 1), draw)
-        for draw in range(request.draws(method))
+        unlearn_entry(
+            request.cache_dir, request.protocol, run.digest, seed, method, max(0, attempts - 1), draw, group.numbers
+        )
+        for method, draw in itertools.product(group.methods, range(request.draws(group.method)))
         for seed, attempts in zip(request.seeds, pretrained.attempts, strict=True)
     ]
 
@@ -174,9 +196,10 @@ def _to_the_end(
     start: Callable[[list[int]], Start],
     entries: Sequence[Entry],
     title: str,
+    draws: int = 1,
     redraw: Redraw | None = None,
 ) -> Models:
     request, count = run.request, len(run.request.seeds)
-    seeds = [(request.seeds[i % count], i // count) for i in range(len(entries))]
+    seeds = [(request.seeds[i % count], i // count % draws) for i in range(len(entries))]
     trained = train(start, entries, seeds, run.mesh, run.reporter, title, request.save_every, redraw)
     return Models(trained.state.params, trained.state.batch_stats, *trained[1:])

@@ -1,6 +1,6 @@
 """The contract of rules, checked on a user's own before anything is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,29 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
         raise UserError(f"method '{method.name}': {error}") from error
     except BaseException as error:  # a user's code may raise SystemExit
         raise UserError(f"method '{method.name}' does not keep the rule contract: {one_line(error)}") from error
+
+
+def traces(rule_of: Callable[[Any], UnlearningRule], context: Context, sizes: tuple[int, int], numbers: Any) -> bool:
+    """Whether all parts of a rule can be traced with abstract `numbers`, each part of a rule that is made anew.
+
+    Whatever fails so is to be run with numbers that are known, where what is wrong with it can be said.
+    """
+
+    def parts(params: Any, batch_stats: Any, key: jax.Array, numbers: Any, *batches: Batch) -> Any:
+        state = rule_of(numbers).init(params, batch_stats, key)
+        for number in range(len(rule_of(numbers).passes)):
+            carry = rule_of(numbers).passes[number].init(params, state)
+            carry = rule_of(numbers).passes[number].step(params, state, carry, batches[0])
+            params, state = rule_of(numbers).passes[number].finish(params, state, carry)
+        step = rule_of(numbers).step
+        return step(params, state, *batches) if step else (params, state)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        jax.eval_shape(parts, *jax.eval_shape(context.initialise, key), key, numbers, *map(_abstract_batch, sizes))
+    except Exception:
+        return False
+    return True
 
 
 def _check_pass(name: str, one: Pass, params: Any, state: RuleState, size: int) -> None:

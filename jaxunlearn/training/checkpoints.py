@@ -86,8 +86,9 @@ def pretrain_entry(
     throw hours of training away at every commit. `without` is the class left out (`retrain`);
     `attempt` counts from 0.
     """
-    fields = dataclasses.asdict(protocol)
-    about = {name: fields[name] for name in PRETRAIN_FIELDS} | {"digest": digest, "seed": seed, "without": without}
+    fields = _fields(protocol)
+    about = {name: fields[name] for name in PRETRAIN_FIELDS if name in fields}
+    about |= {"digest": digest, "seed": seed, "without": without}
     about |= {"attempt": attempt} if attempt else {}
     kind, again = "" if without is None else f"-without{without}", f"-attempt{attempt}" if attempt else ""
     return _entry(cache_dir / "pretrained", f"{protocol.model}-{protocol.dataset}{kind}-seed{seed}{again}", about)
@@ -101,18 +102,26 @@ def unlearn_entry(
     method: Method,
     attempt: int = 0,
     unlearn_seed: int = 0,
+    numbers: Sequence[str] = (),
 ) -> Entry:
     """The entry of a model that `method` is unlearning. A rule whose file has changed since starts afresh.
 
-    `attempt` is that of the pretrained model, `unlearn_seed` which of its unlearnings this is, both from 0.
+    `attempt` is that of the pretrained model, `unlearn_seed` which of its unlearnings this is, both from 0. `numbers`
+    are the hyperparameters that the state holds.
     """
-    about = dataclasses.asdict(protocol) | {"digest": digest, "seed": seed}
+    about = _fields(protocol) | {"digest": digest, "seed": seed}
     about |= {"method": method.name, "hyperparameters": method.hyperparameters, "source": method.source}
     about |= {"attempt": attempt} if attempt else {}
     about |= {"unlearn_seed": unlearn_seed} if unlearn_seed else {}
+    about |= {"numbers": list(numbers)} if numbers else {}
     again = f"-unlearn{unlearn_seed}" if unlearn_seed else ""
     name = f"{method.name}-{protocol.model}-{protocol.dataset}-seed{seed}{again}"
     return _entry(cache_dir / "unlearning", name, about)
+
+
+def _fields(protocol: Protocol) -> dict[str, Any]:
+    """The protocol's; `validation` came when there were entries, and is left out where it is what they were."""
+    return {name: value for name, value in dataclasses.asdict(protocol).items() if name != "validation" or value}
 
 
 def _entry(parent: Path, name: str, about: dict[str, Any]) -> Entry:

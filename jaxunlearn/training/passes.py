@@ -1,5 +1,6 @@
 """A rule's passes: each goes over a set of images before the first step, as an epoch does, and is saved like one."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,27 +24,38 @@ class Carry(NamedTuple):
     opt_state: Any
     extra: Any
     passing: Any = ()  # what a pass carries, within it
+    numbers: Any = ()  # hyperparameters of its own, by name, where those of a group differ
 
     def state(self, key: jax.Array, step: jax.Array, epoch: jax.Array) -> RuleState:
         """What a rule is given beside the parameters."""
         return RuleState(self.batch_stats, self.opt_state, key, self.extra, step, epoch)
 
 
-def carried(params: Any, state: RuleState) -> Carry:
+def carried(params: Any, state: RuleState, numbers: Any) -> Carry:
     """What goes on of what a rule has returned."""
-    return Carry(params, state.batch_stats, state.opt_state, state.extra)
+    return Carry(params, state.batch_stats, state.opt_state, state.extra, numbers=numbers)
 
 
 class Passing:
-    """A pass, the rule's `number`th from 0, over the images at `indices` for a group of seeds."""
+    """A pass, the rule's `number`th from 0, over the images at `indices` for a group of seeds.
+
+    `pass_of` makes it of a seed's own numbers, of () as it is without.
+    """
 
     def __init__(
-        self, one: Pass, number: int, indices: np.ndarray, protocol: Protocol, mesh: jax.sharding.Mesh, timing: Timing
+        self,
+        pass_of: Callable[[Any], Pass],
+        number: int,
+        indices: np.ndarray,
+        protocol: Protocol,
+        mesh: jax.sharding.Mesh,
+        timing: Timing,
     ):
+        one = pass_of(())
         count = len(indices) if one.images is None else min(one.images, len(indices))
         size = one.batch_size or protocol.batch_size
         sizes = batch_sizes(count, size, drop_last=False, kind=one.over)
-        self._one, self._plan = one, chunks([(size,) for size in sizes])
+        self._of, self._plan = pass_of, chunks([(size,) for size in sizes])
         self._indices = place_shared(indices.astype(np.int32), mesh)
 
         def draw(key: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,13 +75,13 @@ class Passing:
             chosen = jax.lax.dynamic_slice(order, (index * size,), sizes)
             batch = shard_batch(clean_batch(data, chosen, protocol))
             state = carry.state(keys[index + 3], index, jnp.int32(0))
-            passing = one.step(carry.params, state, carry.passing, batch)
+            passing = pass_of(carry.numbers).step(carry.params, state, carry.passing, batch)
             return carry._replace(passing=whole(passing)), {"batch": index}  # the loop waits for a metric
 
         def end(own: tuple[Carry, jax.Array], shared: None) -> Carry:
             carry, keys = own
             state = carry.state(keys[1], jnp.int32(len(sizes)), jnp.int32(0))
-            after = carried(*one.finish(carry.params, state, carry.passing))
+            after = carried(*pass_of(carry.numbers).finish(carry.params, state, carry.passing), carry.numbers)
             return whole(jax.tree.map(jnp.copy, after))
 
         self._draw = Compiled(over_seeds(draw, mesh), timing)
@@ -79,7 +91,8 @@ class Passing:
 
     def begin(self, carry: Carry, key: jax.Array) -> Carry:
         """One seed's carry before the first batch."""
-        return carry._replace(passing=self._one.init(carry.params, carry.state(key, jnp.int32(0), jnp.int32(0))))
+        state = carry.state(key, jnp.int32(0), jnp.int32(0))
+        return carry._replace(passing=self._of(carry.numbers).init(carry.params, state))
 
     def compile(self, carry: Any, keys: Any, data: Images) -> None:
         """Compiles what `run` runs, for arrays like these: see `Compiled.compile`."""

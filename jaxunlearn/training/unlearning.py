@@ -1,7 +1,8 @@
 """The unlearning loop: runs any rule for the epochs of the protocol, all seeds together."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,12 @@ from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Batch, Images, augmented_batch, clean_batch, epoch_order
 from jaxunlearn.devices.sharding import over_seeds, place_seeds, place_shared, seed_shapes, shard_batch
 from jaxunlearn.errors import blamed
-from jaxunlearn.methods.rule import Context, UnlearningRule
+from jaxunlearn.methods.rule import Context, Pass, UnlearningRule
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
 from jaxunlearn.randomness import Stream, step_keys, stream_key
 from jaxunlearn.registry import Method, build_rule, names
-from jaxunlearn.training.checking import check_rule, same_form
+from jaxunlearn.training.checking import check_rule, same_form, traces
 from jaxunlearn.training.checkpoints import Position
 from jaxunlearn.training.loop import Chunk, Compiled, EpochLoop, Keeper, Timing, batch_sizes, chunks
 from jaxunlearn.training.passes import Carry, Passing, carried
@@ -78,7 +79,10 @@ def make_context(network: Network, protocol: Protocol, num_classes: int, steps_p
 
 
 class Unlearning:
-    """One method on a group of seeds. Checks a user's rule against its contract before anything is computed."""
+    """One method on a group of seeds; of the hyperparameters in `numbers`, floats, each has its own value.
+
+    Those are traced: every program builds the rule anew with what its state says they are.
+    """
 
     def __init__(
         self,
@@ -90,21 +94,22 @@ class Unlearning:
         split: Split,
         mesh: jax.sharding.Mesh,
         timing: Timing,
+        numbers: Sequence[str] = (),
     ):
         sizes = epoch_plan(protocol, split)
         context = make_context(network, protocol, num_classes, len(sizes))
         self.steps_per_epoch, self.images_per_epoch = len(sizes), sum(map(sum, sizes))
-        self._name, self._rule = method.name, build_rule(method, context)
+        self._rule = build_rule(method, context)
         self.epochs = protocol.unlearn_epochs if self._rule.step else 0
+        self.steps = self.steps_per_epoch * self.epochs
         self._plan: list[Chunk] = chunks(sizes)  # type: ignore[arg-type]
         self._protocol, self.mesh, self.timing = protocol, mesh, timing
         self._data = place_shared(data, mesh)
         self._split = place_shared(Split(*(part.astype(np.int32) for part in split)), mesh)
         self._initialise = network.initialise
-        if (
-            method.name not in names()
-        ):  # those of the package are checked by its tests; a trace takes one to three seconds
-            check_rule(method, self._rule, context, sorted(set(sizes)))
+        number = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(float))
+        self._numbers = dict.fromkeys(numbers, number) if numbers else ()
+        self._method, self._context, self._sizes = method, context, sorted(set(sizes))
         forget_batches = len(batch_sizes(len(split.forget), protocol.batch_size, protocol.drop_last, "forget"))
         passes = math.ceil(len(sizes) / forget_batches)
 
@@ -115,50 +120,78 @@ class Unlearning:
             return keys, (epoch_order(retain_key, split.retain)[0], epoch_order(forget_key, split.forget, passes))
 
         self._draw = Compiled(over_seeds(draw, mesh), timing)
-        step = _unlearn_step(self._rule, protocol, len(sizes), forget_batches)
+        step = _unlearn_step(self._rule_of, protocol, len(sizes), forget_batches)
         self._loop = EpochLoop(step, mesh, timing)
         sets = split._asdict() | {"all": np.sort(np.concatenate(split))}
         self._passes = [
-            Passing(one, number, sets[one.over], protocol, mesh, timing) for number, one in enumerate(self._rule.passes)
+            Passing(partial(self._pass_of, number), number, sets[one.over], protocol, mesh, timing)
+            for number, one in enumerate(self._rule.passes)
         ]
         self.passes = len(self._passes)
 
-    def start(self, params: Any, batch_stats: Any, keys: jax.Array) -> Carry:
-        """The state before the first step. The models given, the seed axis in front, are left as they are."""
+    def check(self) -> None:
+        """Raises UserError for a user's rule that does not keep its contract, before anything is computed."""
+        if self._method.name not in names():  # those are checked by tests; a trace takes one to three seconds
+            check_rule(self._method, self._rule, self._context, self._sizes)
 
+    def takes_numbers(self) -> bool:
+        """Whether the rule can be traced without a value for its numbers: one that looks at them cannot."""
+        return traces(self._rule_of, self._context, self._sizes[0], self._numbers)
+
+    def start(
+        self, params: Any, batch_stats: Any, keys: jax.Array, numbers: Mapping[str, Sequence[float]] | None = None
+    ) -> Carry:
+        """The state before the first step. The models given, the seed axis in front, are left as they are.
+
+        Args:
+          numbers: by name, for each of the models.
+        """
+        numbers = numbers or {}
+        values = {name: np.asarray(numbers[name], x.dtype) for name, x in dict(self._numbers).items()}
         with self.timing("compile_s"):
-            carry = jax.jit(over_seeds(self._init, self.mesh))(
-                (params, batch_stats, place_seeds(keys, self.mesh)), None
-            )
+            own = params, batch_stats, *place_seeds((keys, values or ()), self.mesh)
+            carry = jax.jit(over_seeds(self._init, self.mesh))(own, None)
             jax.block_until_ready(carry)
         if self._rule.prepare is None:
             return carry
-        prepared = [self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i]) for i in range(len(keys))]
+        prepared = []
+        for i in range(len(keys)):
+            own_numbers = {name: float(numbers[name][i]) for name in numbers}
+            prepared.append(self._prepare(jax.tree.map(lambda x, i=i: x[i], carry), keys[i], own_numbers))
         return place_seeds(jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared), self.mesh)
 
     def abstract(self, position: Position) -> Carry:
         """Shapes and dtypes of one seed's state at a position: within a pass there is more."""
         key = jax.eval_shape(jax.random.key, 0)
-        carry = jax.eval_shape(self._init, (*jax.eval_shape(self._initialise, key), key), None)
+        carry = jax.eval_shape(self._init, (*jax.eval_shape(self._initialise, key), key, self._numbers), None)
         if position.epoch >= 0 or position.step == 0:
             return carry
         return jax.eval_shape(self._passes[position.epoch].begin, carry, key)
 
-    def _init(self, own: tuple[Any, Any, jax.Array], shared: None) -> Carry:
-        params, batch_stats, key = own
-        state = self._rule.init(params, batch_stats, stream_key(key, Stream.RULE))
-        # Copies, because the loop donates: a teacher must not share its buffers with the student.
-        return jax.tree.map(jnp.copy, Carry(params, state.batch_stats, state.opt_state, state.extra))
+    def _rule_of(self, numbers: Any) -> UnlearningRule:
+        """The rule with these numbers, as it is where there are none."""
+        own = self._method.hyperparameters | dict(numbers)
+        return build_rule(self._method._replace(hyperparameters=own), self._context) if numbers else self._rule
 
-    def _prepare(self, carry: Carry, key: jax.Array) -> Carry:
-        assert self._rule.prepare is not None
+    def _pass_of(self, number: int, numbers: Any) -> Pass:
+        return self._rule_of(numbers).passes[number]
+
+    def _init(self, own: tuple[Any, Any, jax.Array, Any], shared: None) -> Carry:
+        params, batch_stats, key, numbers = own
+        state = self._rule_of(numbers).init(params, batch_stats, stream_key(key, Stream.RULE))
+        # Copies, because the loop donates: a teacher must not share its buffers with the student.
+        return jax.tree.map(jnp.copy, carried(params, state, numbers))
+
+    def _prepare(self, carry: Carry, key: jax.Array, numbers: Mapping[str, float]) -> Carry:
+        rule = self._rule_of(numbers)
+        assert rule.prepare is not None
         zero, key = place_shared((jnp.zeros((), jnp.int32), stream_key(key, Stream.RULE)), self.mesh)
         before = state = carry.state(key, zero, zero)
         sets = (CleanSet(self._data, indices, self._protocol) for indices in self._split)
-        with blamed(f"method '{self._name}': its prepare() failed"):
-            params, state = self._rule.prepare(carry.params, state, *sets)
+        with blamed(f"method '{self._method.name}': its prepare() failed"):
+            params, state = rule.prepare(carry.params, state, *sets)
             same_form("prepare", ("params", carry.params, params), ("state", before, state))
-        return carried(params, state)
+        return carried(params, state, carry.numbers)
 
     def compile(self, num_seeds: int) -> None:
         """Compiles what passes and epochs of so many seeds run: see `Compiled.compile`. Not while it is used
@@ -191,7 +224,9 @@ class Unlearning:
         return self._loop.run(carry, drawn, self._data, epoch, self._plan, report, first, keeper)
 
 
-def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_batches: int) -> Callable[..., Any]:
+def _unlearn_step(
+    rule_of: Callable[[Any], UnlearningRule], protocol: Protocol, steps: int, forget_batches: int
+) -> Callable[..., Any]:
     augments = protocol.unlearn_augment
 
     def step(
@@ -215,8 +250,9 @@ def _unlearn_step(rule: UnlearningRule, protocol: Protocol, steps: int, forget_b
             for chosen, key in ((retain_chosen, retain_key), (forget_chosen, forget_key))
         )
         state = carry.state(rule_key, epoch * steps + index, epoch)
+        rule = rule_of(carry.numbers)
         assert rule.step is not None  # or there is no epoch
         params, state, metrics = rule.step(carry.params, state, retain, forget)
-        return carried(params, state), metrics
+        return carried(params, state, carry.numbers), metrics
 
     return step

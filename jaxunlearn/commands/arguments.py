@@ -1,0 +1,153 @@
+"""Arguments that the commands with whole runs share, and what is made of them."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxunlearn.benchmarks import ATTEMPTS, BENCHMARKS, CHOICES, FLAGS, SWITCHES
+from jaxunlearn.errors import UserError
+from jaxunlearn.files import default_cache
+
+if TYPE_CHECKING:
+    from jaxunlearn.benchmarks import Protocol
+    from jaxunlearn.runs.request import Settings
+
+INTERRUPTED = "interrupted: the same command goes on from the last checkpoint"
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """What is run, and with which seeds."""
+    add = parser.add_argument
+    add("--bench", metavar="NAME", help="the benchmark: " + ", ".join(BENCHMARKS))
+    add(
+        "--method",
+        nargs="+",
+        metavar="NAME|FILE.py",
+        help="methods by name, files with your own, or a group: baselines, submitted, all "
+        "(default: the four baselines and the output mask)",
+    )
+    add(
+        "--seeds", default="42", metavar="SEEDS", help="42, 0-7 or 1,5,9; several train together (default: %(default)s)"
+    )
+    add(
+        "--unlearn-seeds",
+        type=int,
+        default=1,
+        metavar="J",
+        help="unlearn each original J times, with random numbers of their own (default: %(default)s)",
+    )
+    add(
+        "--attempts",
+        type=int,
+        default=ATTEMPTS,
+        metavar="N",
+        help="draw a seed that learns nothing in pretraining anew, to N attempts in all (default: %(default)s)",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="a hyperparameter (scrub.temperature=2) or a field of the protocol (protocol.pretrain_lr=0.05)",
+    )
+
+
+def add_protocol(parser: argparse.ArgumentParser, switches: Mapping[str, str]) -> "argparse._ArgumentGroup":
+    """The flags of the protocol's fields; of the `switches`, help by name, those."""
+    protocol = parser.add_argument_group(
+        "protocol", "where a value is not the benchmark's own, records go to a folder of their own"
+    )
+    for name, text in FLAGS.items():
+        flag = "--" + name.replace("_", "-")
+        if name in CHOICES:
+            protocol.add_argument(flag, choices=CHOICES[name], type=type(CHOICES[name][0]), help=text)
+        else:
+            protocol.add_argument(flag, type=int, metavar="N", help=text)
+    for name, text in switches.items():
+        protocol.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
+    return protocol
+
+
+def add_where(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """Where things lie and run."""
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="PATH",
+        help="where the images are, a folder or a file (else $JAXUNLEARN_DATA, then the cache, then a download)",
+    )
+    where.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        default=default_cache(),
+        help="pretrained models, compiled programs, downloads (default: %(default)s)",
+    )
+    where.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs"), help="result records (default: %(default)s)"
+    )
+    where.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="how many devices, of each process; on a CPU, makes that many host devices",
+    )
+    where.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits from the same command on a GPU too, which is slower there; a CPU always has them",
+    )
+    where.add_argument(
+        "--save-every",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="seconds between two checkpoints of what is training (default: %(default)g)",
+    )
+    return where
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """How several processes find each other."""
+    several = parser.add_argument_group(
+        "several processes",
+        "one run on several machines: the same command for each; Slurm, Open MPI and TPU pods set these",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to be found by the others")
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    several.add_argument("--process-id", type=int, metavar="K", help="which of them this is, from 0 on")
+
+
+def add_output(parser: argparse.ArgumentParser, force: str) -> None:
+    """What is printed, and, by `force`, replaced."""
+    output = parser.add_argument_group("output")
+    output.add_argument("--force", action="store_true", help=force)
+    output.add_argument("--json", action="store_true", help="print one JSON line a result and nothing else")
+    output.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def read_protocol(
+    args: argparse.Namespace, init_weights: Path | None = None, **fixed: Any
+) -> tuple["Protocol", set[str], "Settings"]:
+    """The protocol, which of its fields have a flag or are `fixed`, and the settings of methods. Raises UserError."""
+    from jaxunlearn.runs.request import make_protocol, parse_settings
+
+    if not args.bench:
+        raise UserError("name a benchmark with --bench (--list shows all)")
+    settings = parse_settings(args.set)
+    if flagged := settings.get("protocol", {}).keys() & {*FLAGS, *SWITCHES}:
+        key = min(flagged)
+        raise UserError(f"--set protocol.{key}: it has a flag of its own, --{key.replace('_', '-')}")
+    changes = {name: value for name in (*FLAGS, *SWITCHES) if (value := getattr(args, name, None)) is not None} | fixed
+    protocol = make_protocol(args.bench, changes, settings.pop("protocol", {}), init_weights)
+    return protocol, set(changes), settings
+
+
+def run_parts(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of a `Request` as it is, by its fields."""
+    from jaxunlearn.runs.request import parse_seeds
+
+    names = "out", "cache_dir", "data_dir", "devices", "deterministic", "save_every", "attempts", "unlearn_seeds"
+    return {"bench": args.bench, "seeds": parse_seeds(args.seeds)} | {name: getattr(args, name) for name in names}

@@ -1,0 +1,1 @@
+"""Hyperparameters chosen by one procedure for every rule, on images that are held out of the training set."""

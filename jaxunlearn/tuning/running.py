@@ -1,0 +1,53 @@
+"""Tuning: each method's variants run as methods of one run, and a method's file after each variant."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxunlearn.devices.processes import all_or_none, from_leader, leads
+from jaxunlearn.progress import Reporter
+from jaxunlearn.registry import RETRAIN, get_method
+from jaxunlearn.runs.preparation import prepare
+from jaxunlearn.runs.request import Request
+from jaxunlearn.runs.running import results
+from jaxunlearn.tuning.studies import Study, resumed, save, with_trial
+
+
+def tune(
+    request: Request, studies: Sequence[Study], reporter: Reporter, force: bool, warn: Callable[[str], None]
+) -> list[Study]:
+    """Tries what is pending of every study, beside one retrained model a seed, and writes each study's file as it goes.
+
+    Args:
+      request: what all have in common; its methods are taken from the studies.
+      force: begin anew where a study's file is of other settings.
+      warn: told what was not written.
+
+    Raises:
+      UserError: for whatever is wrong with the request, or where a file is of other settings.
+      KeyboardInterrupt: the run was interrupted; the same call goes on from there.
+    """
+    with all_or_none():
+        known = [resumed(study, force).content if leads() else {} for study in studies]
+    contents = json.loads(from_leader(json.dumps(known).encode()))
+    found = [study._replace(content=content) for study, content in zip(studies, contents, strict=True)]
+    pending = [variant for study in found for variant in study.pending]
+    if not pending:
+        return found
+    places = {study.method.name: number for number, study in enumerate(found)}
+    together: dict[str, list[dict[str, Any]]] = {}
+    run = prepare(dataclasses.replace(request, methods=[get_method(RETRAIN), *pending], once=True), reporter)
+    for record, kept in results(run):
+        if kept:
+            warn(kept)
+        if record["method"] == RETRAIN:
+            continue
+        number = places[record["method"]]
+        own = together.setdefault(json.dumps([number, record["hyperparameters"]], sort_keys=True), [])
+        own.append(record)
+        if len(own) == len(request.seeds) * request.draws(found[number].method):
+            found[number] = with_trial(found[number], own)
+            if leads():
+                save(found[number])
+    return found

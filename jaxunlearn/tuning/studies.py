@@ -1,0 +1,159 @@
+"""One method's tuning, and the file that it is kept in: `OUT/tuning/<bench>/<method>.json`."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from jaxunlearn.benchmarks import get_benchmark
+from jaxunlearn.errors import UserError, WriteError, one_line
+from jaxunlearn.files import check_writable, write_atomically
+from jaxunlearn.registry import Method
+from jaxunlearn.runs.command_line import tune_command
+from jaxunlearn.runs.request import Request
+from jaxunlearn.tuning.ranges import points, ranges_of
+
+SETTINGS = ("bench", "method", "rule_digest", "protocol", "seeds", "unlearn_seeds", "held", "ranges")
+SHOWN = ("retain_acc", "forget_acc", "forget_mia_auc")  # beside the gaps, of each trial
+
+
+class Study(NamedTuple):
+    """What is to be tried of one method, and what is known of it: JSON values, as they are in its file."""
+
+    method: Method
+    path: Path
+    wanted: list[dict[str, Any]]  # hyperparameters, the method's own first
+    content: dict[str, Any]
+
+    @property
+    def pending(self) -> list[Method]:
+        """The variants of the method that are still to be tried."""
+        done = [trial["hyperparameters"] for trial in self.content["trials"]]
+        return [self.method._replace(hyperparameters=one) for one in self.wanted if _plain(one) not in done]
+
+
+def study_of(request: Request, method: Method, trials: int, held: Collection[str], asked: Mapping[str, str]) -> Study:
+    """The study of a method by a request, of at most so many trials, of which nothing is known yet.
+
+    Args:
+      held: hyperparameters that the user has set: they are not varied.
+      asked: ranges that the user wants, as typed.
+
+    Raises UserError for a range that is none.
+    """
+    ranges = ranges_of(method, asked, held)
+    own, used = dataclasses.asdict(get_benchmark(request.bench)), dataclasses.asdict(request.protocol)
+    settings = {
+        "bench": request.bench,
+        "method": method.name,
+        "rule_digest": method.source or None,
+        "protocol": {name: value for name, value in used.items() if value != own[name]},
+        "seeds": list(request.seeds),
+        "unlearn_seeds": request.draws(method),
+        "held": {name: method.hyperparameters[name] for name in held},
+        "ranges": ranges,
+    }
+    command = tune_command(request, method, trials, held, asked)
+    content = _plain(settings) | {"trials": [], "best": None, "command": command, "environment": None}
+    path = request.out / "tuning" / request.bench / f"{method.name}.json"
+    return Study(method, path, points(method, ranges, trials), content)
+
+
+def resumed(study: Study, force: bool) -> Study:
+    """The study with the trials that its file has.
+
+    A file of other settings is refused; with `force` it gets another name, and the study begins anew.
+
+    Raises UserError for that, for what is no such file, and where none can be written.
+    """
+    path, content = study.path, study.content
+    check_writable(path.parent)
+    if not path.is_file():
+        return study
+    try:
+        found = json.loads(path.read_bytes())
+        if not all(isinstance(one["hyperparameters"], dict) for one in found["trials"]):
+            raise TypeError
+        differs = [name for name in SETTINGS if found[name] != content[name]]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        found, differs = {}, ["it is no file of tuning's"]
+    if not differs:
+        return study._replace(content=content | {name: found[name] for name in ("trials", "best", "environment")})
+    if not force:
+        there = "; ".join(
+            f"{name}: {json.dumps(found[name])} there, {json.dumps(content[name])} here" if name in found else name
+            for name in differs
+        )
+        remedy = "pass --force to put that file aside and begin anew, or another --out"
+        raise UserError(f"{path} is of other settings ({there}): {remedy}")
+    try:
+        path.rename(path.with_name(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json"))
+    except OSError as error:
+        raise UserError(f"cannot put {path} aside: {one_line(error)}") from None
+    return study
+
+
+def with_trial(study: Study, records: Sequence[Mapping[str, Any]]) -> Study:
+    """The study with one more trial, whose records these are."""
+    trials = [*study.content["trials"], _plain(trial_of(records))]
+    order = [_plain(one) for one in study.wanted]
+    trials.sort(key=lambda one: order.index(one["hyperparameters"]) if one["hyperparameters"] in order else len(order))
+    known = {"trials": trials, "best": best_of(trials), "environment": records[0]["environment"]}
+    return study._replace(content=study.content | known)
+
+
+def save(study: Study) -> None:
+    """Writes the study's file. Raises WriteError where it cannot."""
+    try:
+        write_atomically(study.path, (json.dumps(study.content, indent=2, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        message = f"cannot write {study.path} ({one_line(error)})"
+        raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
+
+
+def trial_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is kept of one variant's records: means over those that are `ok` and have a retrained model beside them.
+
+    Where unlearning has diverged once, `status` is "diverged"; a seed that had no model to begin with does not count.
+    """
+    fine = [one for one in records if one["status"] == "ok" and one["companions"]["against_retrain"] is not None]
+    against = [one["companions"]["against_retrain"] for one in fine]
+    lost = [one for one in records if one["diverged_at"] and one["diverged_at"]["phase"] != "pretrain"]
+    status = "diverged" if lost else "ok" if fine else records[0]["status"]
+    flagged = Counter(name for one in fine for name, raised in one["flags"].items() if raised)
+    return {
+        "hyperparameters": records[0]["hyperparameters"],
+        "average_gap": _mean([one["average_gap"] for one in against]),
+        "gaps": {name: _mean([one["gaps"][name] for one in against]) for name in against[0]["gaps"]} if fine else None,
+        **{name: _mean([one[name] for one in fine]) for name in SHOWN},
+        "flags": dict(flagged),  # by flag, in how many records
+        "status": status,
+        "records": len(records),
+        "counted": len(fine),
+        "seconds": _mean([one["timing"]["prepare_s"] + one["timing"]["unlearn_s"] for one in records]),
+    }
+
+
+def best_of(trials: Sequence[Mapping[str, Any]]) -> int | None:
+    """Which trial has the smallest average gap of those in which nothing diverged or collapsed; None: there is none."""
+    fit = [
+        i
+        for i, one in enumerate(trials)
+        if one["status"] == "ok" and one["average_gap"] is not None and "collapsed" not in one["flags"]
+    ]
+    return min(fit, key=lambda i: trials[i]["average_gap"], default=None)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(fmean(values), 6) if values else None
+
+
+def _plain(value: Any) -> Any:
+    """The value as it comes out of a file."""
+    return json.loads(json.dumps(value))
