@@ -42,13 +42,17 @@ class Predictions(NamedTuple):
         return all((np.isfinite(x) | (np.isneginf(x) & ruled_out)).all() for x in self.logits)
 
 
-def packed(predictions: Predictions, labels: Sets) -> bytes:
-    """Predictions as an .npz: of each set log-probabilities f16[N, classes], and `<set>_labels` i32[N]."""
+def packed(predictions: Predictions, labels: Sets, **about: str) -> bytes:
+    """Predictions as an .npz: of each set log-probabilities f16[N, classes], and `<set>_labels` i32[N].
+
+    `about` are texts to keep beside them.
+    """
     arrays = {name: log_softmax(logits.astype(np.float64), 1) for name, logits in predictions.logits._asdict().items()}
     content = io.BytesIO()
     # Below the least finite float16 a probability is nothing; minus infinity stays.
     halves = {name: np.where(np.isneginf(x), x, np.maximum(x, -65504)).astype(np.float16) for name, x in arrays.items()}
-    np.savez_compressed(content, **halves, **{f"{name}_labels": x for name, x in labels._asdict().items()})
+    texts = {name: np.array(text) for name, text in about.items()}
+    np.savez_compressed(content, **halves, **{f"{name}_labels": x for name, x in labels._asdict().items()}, **texts)
     return content.getvalue()
 
 
