@@ -23,6 +23,7 @@ ORDER = [
     ("evaluation",),
     ("results",),
     ("runs", "speed"),
+    ("audit",),
     ("torch_reference",),
     ("gpu_check",),
     ("api", "commands"),

@@ -75,15 +75,13 @@ def _epsilon(unlearned: np.ndarray, retrained: np.ndarray, tables: dict[bool, np
     return max(found, _of_intervals(*_by_value(unlearned, retrained, swapped), narrow, tables[swapped]))
 
 
-def _by_value(
-    unlearned: np.ndarray, retrained: np.ndarray, swapped: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_value(unlearned: np.ndarray, retrained: np.ndarray, swapped: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distinct values f64[V] in order, and how many positives and negatives lie below each and all, i64[V + 1]."""
     positive, negative = (retrained, unlearned) if swapped else (unlearned, retrained)
     values, places = np.unique(np.concatenate([positive, negative]), return_inverse=True)
     counts = (np.bincount(part, minlength=len(values)) for part in np.split(places, [len(positive)]))
-    below = [np.concatenate([[0], count.cumsum()]) for count in counts]
-    return values, *below
+    positives, negatives = (np.concatenate([[0], count.cumsum()]) for count in counts)
+    return values, positives, negatives
 
 
 def _of_thresholds(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray, table: np.ndarray) -> float:

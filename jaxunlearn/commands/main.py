@@ -4,13 +4,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxunlearn.commands import bench, gpu_check, parity, speed
+from jaxunlearn.commands import audit, bench, gpu_check, parity, speed
 from jaxunlearn.commands.parser import Parser, exit_status, take_command
 from jaxunlearn.devices.memory import plainly_started, restart_with_memory_kept
 from jaxunlearn.training.stopping import SIGNALS
 from jaxunlearn.version import __version__
 
-COMMANDS = {"bench": bench, "speed": speed, "parity": parity, "gpu-check": gpu_check}
+COMMANDS = {"bench": bench, "audit": audit, "speed": speed, "parity": parity, "gpu-check": gpu_check}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -51,8 +51,8 @@ def packed(predictions: Predictions, labels: Sets, **about: str) -> bytes:
     content = io.BytesIO()
     # Below the least finite float16 a probability is nothing; minus infinity stays.
     halves = {name: np.where(np.isneginf(x), x, np.maximum(x, -65504)).astype(np.float16) for name, x in arrays.items()}
-    texts = {name: np.array(text) for name, text in about.items()}
-    np.savez_compressed(content, **halves, **{f"{name}_labels": x for name, x in labels._asdict().items()}, **texts)
+    beside = {f"{name}_labels": x for name, x in labels._asdict().items()} | about
+    np.savez_compressed(content, **halves, **beside)
     return content.getvalue()
 
 
