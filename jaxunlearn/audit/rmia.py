@@ -28,7 +28,7 @@ def rmia_scores(
     Args:
       margins: f64[N, F] of F examples by N models.
       population: f64[N, Z] of Z images that nobody trained on, by the same models.
-      reference: f64[K, F] of the examples by K models that never saw them, none of them among the N or of the seed of one.
+      reference: f64[K, F] of the examples by K models that never saw them, of seeds that none of the N is of.
       reference_population: f64[K, Z], of the population by the same.
     """
     ratios = log_confidence(margins) - _usual(reference)

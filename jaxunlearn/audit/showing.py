@@ -16,9 +16,9 @@ TITLES = {
     "true_class": "By the margin of the true class",
     "retained": "By the margin among the retained classes (a sunken logit of the forgotten class is not seen)",
 }
-HALVES = "retrain, half against half"
+UNTOUCHED, HALVES = "pretrained, untouched", "retrain, half against half"
 COLUMNS = (
-    "models in the place of the unlearned",
+    "method",
     "N",
     "U-LiRA auc",
     "tpr at 1% fpr",
@@ -35,7 +35,7 @@ COLUMNS = (
 
 def rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What stands in the place of the unlearned models, and its attacks: originals, each method, retrained halves."""
-    shown = [("pretrained", records[0]["attacks"]["pretrained"])]
+    shown = [(UNTOUCHED, records[0]["attacks"]["pretrained"])]
     shown += [(record["method"], record["attacks"]["unlearned"]) for record in records]
     shown += [(HALVES, records[0]["attacks"]["retrained"])]
     yield from ((name, attacks) for name, attacks in shown if attacks)
@@ -87,9 +87,10 @@ def _separation(found: Mapping[str, Any] | None, sign: str) -> list[str]:
 
 def _remarks(records: Sequence[Mapping[str, Any]], sign: str) -> Iterator[str]:
     yield f"{sign} and [] are 95% intervals over models; an auc of .5, and a tpr of .01, is as if retrained."
-    yield "N models a side: values at different N do not compare. KLOM (95th percentiles, nats) has a floor, which models"
-    yield "give that are spread alike; forgetting quality, here of one unlearning of each original, has a ceiling."
-    yield f"{HALVES}: what having forgotten looks like. population auc: the attack on one model, without others."
+    yield "N models a side: values at different N do not compare. KLOM (95th percentiles, nats) has a floor, forgetting"
+    yield "quality (of one unlearning of each original) a ceiling: what models give that are spread alike."
+    yield f"{UNTOUCHED}: what no unlearning looks like. {HALVES}: what having forgotten looks like."
+    yield "population auc: the attack on one model at a time, without others; .5 proves nothing."
     for record in records:
         if failed := record["models"] - len(record["seeds"]):
             yield f"{record['method']}: {failed} of {record['models']} seeds are left out: a model of theirs failed."
