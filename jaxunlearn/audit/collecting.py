@@ -35,6 +35,8 @@ class Models(NamedTuple):
 
     def of(self, seeds: Sequence[int]) -> "Models":
         """Those of some of the seeds, in their order."""
+        if list(seeds) == self.seeds:
+            return self  # hundreds of megabytes, of hundreds of models
         rows = [self.seeds.index(seed) for seed in seeds]
         margins = {name: {part: x[rows] for part, x in sets.items()} for name, sets in self.margins.items()}
         return Models(list(seeds), [self.worth[row] for row in rows], margins)
