@@ -55,7 +55,7 @@ def test_it_makes_what_is_missing_and_takes_what_is_there(audit, folder):
     status, out, err, runs = audit()
     assert (status, err) == (0, "")
     assert runs == [([0, 1, 2], ["retrain", "output_mask"]), ([3], ["retrain", "output_mask"])]
-    for text in ("untouched", "output_mask", "half against half", "U-LiRA", "models an hour", "4 more of each"):
+    for text in ("untouched", "output_mask", "retrain halved", "U-LiRA", "models an hour", "4 more of each"):
         assert text in out
     record = read_audit(folder / "runs" / "audit" / BENCH / "output_mask-N4.json")
     assert record["seeds"] == [0, 1, 2, 3] and record["command"].endswith("--method output_mask --models 4")

@@ -17,12 +17,13 @@ from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.runs.request import Request
 
 VERSION = 1
-ROLES = ("pretrained", "unlearned", "retrained")  # who stands in the place of the unlearned models
 FEWEST = 4  # models: two for each fit of U-LiRA
 
 
 def audits(request: Request) -> Iterator[tuple[Method, dict[str, Any]]]:
-    """Each method of the request but `retrain`, which is the first, and its record, whose models are all there.
+    """Each method of the request but `retrain`, which is the first, and its record without `command`.
+
+    All models are there: `collect` has been gone through.
 
     Raises:
       UserError: files cannot be read, too few models did not fail, or they saw different images.
@@ -45,24 +46,22 @@ def audits(request: Request) -> Iterator[tuple[Method, dict[str, Any]]]:
             "unlearned": attacked(unlearned, reference),
             "retrained": shared["retrained"],
         }
-        yield (
-            method,
-            {
-                "schema": VERSION,
-                "bench": request.bench,
-                "method": method.name,
-                "models": len(request.seeds),
-                "seeds": used,
-                "attacks": attacks,
-                "cost": _cost(reference_records, made),
-                "protocol": made[0]["protocol"],
-                "hyperparameters": method.hyperparameters,
-                "rule_digest": method.source or None,
-                "dataset": made[0]["dataset"],
-                "environment": made[0]["environment"],
-                "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            },
-        )
+        record = {
+            "schema": VERSION,
+            "bench": request.bench,
+            "method": method.name,
+            "models": len(request.seeds),
+            "seeds": used,
+            "attacks": attacks,
+            "cost": _cost(reference_records, made),
+            "protocol": made[0]["protocol"],
+            "hyperparameters": method.hyperparameters,
+            "rule_digest": method.source or None,
+            "dataset": made[0]["dataset"],
+            "environment": made[0]["environment"],
+            "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        yield method, record
 
 
 def attacked(unlearned: Models, retrained: Models) -> dict[str, Any] | None:

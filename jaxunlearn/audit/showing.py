@@ -11,26 +11,15 @@ from rich.table import Table
 from jaxunlearn.audit.separation import CURVE
 from jaxunlearn.errors import UserError
 
-FILE_WIDTH = 200  # columns, of output that is no terminal
+FILE_WIDTH = 120  # columns, of output that is no terminal
 TITLES = {
     "true_class": "By the margin of the true class",
     "retained": "By the margin among the retained classes (a sunken logit of the forgotten class is not seen)",
 }
-UNTOUCHED, HALVES = "pretrained, untouched", "retrain, half against half"
-COLUMNS = (
-    "method",
-    "N",
-    "U-LiRA auc",
-    "tpr at 1% fpr",
-    "balanced acc",
-    "RMIA auc",
-    "tpr at 1% fpr",
-    "KLOM forget (floor)",
-    "retain",
-    "test",
-    "quality (ceiling)",
-    "population auc",
-)
+UNTOUCHED, HALVES = "(untouched)", "(retrain halved)"
+# Two tables, of which each begins with who stands in the place of the unlearned models.
+SEPARATIONS = ("U-LiRA auc", "tpr at 1% fpr", "balanced acc", "RMIA auc", "tpr at 1% fpr")
+DISTANCES = ("KLOM forget (floor)", "retain", "test", "quality (ceiling)", "population auc")
 
 
 def rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -51,25 +40,28 @@ def print_audit(records: Sequence[Mapping[str, Any]]) -> None:
     models = f"{first['models']} originals, retrained and unlearned models each"
     console.print(f"{first['bench']}: {models}, told from retrained ones example by example", style="bold")
     for statistic, title in TITLES.items():
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column == COLUMNS[0] else "right", overflow="fold")
-        for name, attacks in rows(records):
-            table.add_row(name, *_cells(attacks, statistic, sign))
-        console.print()
-        console.print(table)
+        console.print(title, style="bold")
+        for columns, cells in ((SEPARATIONS, _separations), (DISTANCES, _distances)):
+            table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+            for column in ("", "N", *columns):
+                table.add_column(column, justify="right" if column else "left", overflow="fold")
+            for name, attacks in rows(records):
+                table.add_row(name, str(attacks["models"]), *cells(attacks, statistic, sign))
+            console.print(table)
+            console.print()
     for line in _remarks(records, sign):
         console.print(line)
 
 
-def _cells(attacks: Mapping[str, Any], statistic: str, sign: str) -> list[str]:
-    own = attacks[statistic]
-    ulira, rmia, klom, quality = (own[name] for name in ("ulira", "rmia", "klom", "forgetting_quality_of_originals"))
+def _separations(attacks: Mapping[str, Any], statistic: str, sign: str) -> list[str]:
+    ulira, rmia = attacks[statistic]["ulira"], attacks[statistic]["rmia"]
+    balanced = f"{ulira['balanced_accuracy']:.3f}" if ulira else "-"
+    return [*_separation(ulira, sign), balanced, *_separation(rmia, sign)]
+
+
+def _distances(attacks: Mapping[str, Any], statistic: str, sign: str) -> list[str]:
+    klom, quality = attacks[statistic]["klom"], attacks[statistic]["forgetting_quality_of_originals"]
     return [
-        str(attacks["models"]),
-        *(_separation(ulira, sign)),
-        f"{ulira['balanced_accuracy']:.3f}" if ulira else "-",
-        *(_separation(rmia, sign)),
         f"{klom['forget_train']:.2f} ({klom['floor']:.2f})",
         f"{klom['retain_train']:.2f}",
         f"{klom['retain_test']:.2f}",
@@ -89,7 +81,8 @@ def _remarks(records: Sequence[Mapping[str, Any]], sign: str) -> Iterator[str]:
     yield f"{sign} and [] are 95% intervals over models; an auc of .5, and a tpr of .01, is as if retrained."
     yield "N models a side: values at different N do not compare. KLOM (95th percentiles, nats) has a floor, forgetting"
     yield "quality (of one unlearning of each original) a ceiling: what models give that are spread alike."
-    yield f"{UNTOUCHED}: what no unlearning looks like. {HALVES}: what having forgotten looks like."
+    yield f"{UNTOUCHED} originals as they were: what no unlearning looks like."
+    yield f"{HALVES} one half of the retrained models against the other: what having forgotten looks like."
     yield "population auc: the attack on one model at a time, without others; .5 proves nothing."
     for record in records:
         if failed := record["models"] - len(record["seeds"]):
