@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from example_record import COMPANIONS
 from test_bench import BENCH, TINY
 
 from jaxunlearn import benchmarks
@@ -93,6 +94,11 @@ def test_it_makes_what_is_missing_and_takes_what_is_there(audit, folder):
     (models / "pretrained" / "seed2.npz").unlink()
     (models / "retrain" / "seed0.npz").write_bytes(b"PK")
     assert [bool(find(request, retrain, seed)) for seed in range(4)] == [False, True, False, True]
+    fuller = json.loads((models / "retrain" / "seed0.json").read_text())
+    fuller["companions"]["full"] = COMPANIONS["full"]
+    (models / "retrain" / "seed0.json").write_text(json.dumps(fuller))
+    status, _, err, runs = audit()  # which would train, and then be kept out by the better record
+    assert (status, runs) == (2, []) and "was evaluated in full" in err and err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("tiny_models")

@@ -49,13 +49,17 @@ def collect(request: Request, together: int, reporter: Reporter) -> Iterator[str
     goes on where it was stopped, and takes what other runs have left. Yields warnings.
 
     Raises:
-      UserError: as runs do, or a better record was kept and what its model says is not known.
+      UserError: as runs do, or there is a better record and what its model says is not known.
     """
 
     def missing(seed: int) -> list[Method]:
         return [method for method in request.methods if find(request, method, seed) is None]
 
     to_do = [seed for seed in request.seeds if missing(seed)]
+    for path in (request.record_path(method, seed) for seed in to_do for method in missing(seed)):
+        if not request.force and _in_full(path):  # before anything is trained: a run would keep it
+            remedy = "run bench with --evaluate full --keep-predictions, or pass --force to replace it"
+            raise UserError(f"{path} was evaluated in full, and what its model says was not kept: {remedy}")
     for first in range(0, len(to_do), together):
         seeds = to_do[first : first + together]
         # Always with `retrain`, which the others are compared with: a record without that replaces none with it.
@@ -91,6 +95,15 @@ def find(request: Request, method: Method, seed: int) -> dict[str, Any] | None:
             return record if said["finished_at"] == record["finished_at"] else None
     except UNREADABLE:
         return None
+
+
+def _in_full(path: Path) -> bool:
+    """Whether there is a record of a model that was evaluated in full."""
+    try:
+        companions = records.read(path)["companions"]
+    except UserError:
+        return False
+    return companions is not None and companions["full"] is not None
 
 
 def load(request: Request, method: Method) -> tuple[list[Record], Models]:
