@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from example_record import COMPANIONS
@@ -32,10 +33,11 @@ def audit(folder, monkeypatch, capsys):
     monkeypatch.setitem(benchmarks.BENCHMARKS, BENCH, tiny)
     monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
     monkeypatch.chdir(folder)
-    runs, requests, prepare = [], [], collecting.prepare
+    runs, requests, alive, prepare = [], [], [], collecting.prepare
 
     def counted(request, reporter):
         requests.append(request)
+        alive.append(len(jax.live_arrays()))
         runs.append((list(request.seeds), [method.name for method in request.methods]))
         return prepare(request, reporter)
 
@@ -46,7 +48,7 @@ def audit(folder, monkeypatch, capsys):
         status = main(["audit", *OPTIONS, "--devices", "1", *more])
         return status, *capsys.readouterr(), list(runs)
 
-    run.requests = requests
+    run.requests, run.alive = requests, alive
     return run
 
 
@@ -56,6 +58,7 @@ def test_it_makes_what_is_missing_and_takes_what_is_there(audit, folder):
     status, out, err, runs = audit()
     assert (status, err) == (0, "")
     assert runs == [([0, 1, 2], ["retrain", "output_mask"]), ([3], ["retrain", "output_mask"])]
+    assert audit.alive[1] <= audit.alive[0]  # nothing of the first group is left when the second begins
     for text in ("untouched", "output_mask", "retrain halved", "U-LiRA", "models an hour", "4 more of each"):
         assert text in out
     record = read_audit(folder / "runs" / "audit" / BENCH / "output_mask-N4.json")

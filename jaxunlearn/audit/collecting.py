@@ -1,6 +1,7 @@
 """The models of an audit: those that are missing are made by ordinary runs, and of each what it says is read."""
 
 import dataclasses
+import gc
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,7 @@ def collect(request: Request, together: int, reporter: Reporter) -> Iterator[str
         chosen = [method for method in request.methods if method.name in wanted]
         run = dataclasses.replace(request, seeds=seeds, methods=chosen, keep_predictions=True)
         yield from (kept for _, kept in results(prepare(run, reporter)) if kept)
+        gc.collect()  # programs hold each other: a gigabyte and more a group that Python would get round to late
         for seed in seeds:
             for method in missing(seed):
                 path = request.record_path(method, seed)
