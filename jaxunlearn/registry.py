@@ -34,6 +34,7 @@ SUBMITTED = ("adaptive_uniform", "importance_masked", "zeroed_logit", "fisher_pc
 PARTS = ("jaxunlearn.methods.", "jaxunlearn.ingredients.")  # what rules that ship are made of
 LONGEST_TITLE = 180  # bytes of a file's name; file systems allow 255, of which a checkpoint's lock needs 75
 RETRAIN = "retrain"  # the reference row: no rule, a model trained from scratch without the forgotten class
+PRETRAINED = "pretrained"  # the row of the models before unlearning, which no method may be named like
 REFERENCES = (RETRAIN, "output_mask")  # what others are compared with, above and below; none is a way to unlearn
 
 
@@ -109,7 +110,7 @@ def _files_of(module: ModuleType, found: dict[str, bytes]) -> dict[str, bytes]:
 
 def _check_title(title: str, given: str, kind: str, plain: bool) -> None:
     """Raises UserError for a name that results cannot have: it will be printed, and a part of a folder's name."""
-    if title in (*names(), RETRAIN):
+    if title in (*names(), RETRAIN, PRETRAINED):
         raise UserError(f"{given}: '{title}' is the name of a method of the package: rename {kind}")
     if not plain or len(os.fsencode(title)) > LONGEST_TITLE:
         raise UserError(f"{given}: its results could not be named like it: rename {kind}, to letters and digits")

@@ -23,7 +23,7 @@ ORDER = [
     ("evaluation",),
     ("results",),
     ("runs", "speed"),
-    ("tuning",),
+    ("tuning", "audit"),
     ("torch_reference",),
     ("gpu_check",),
     ("api", "commands"),

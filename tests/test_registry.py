@@ -179,6 +179,7 @@ ARGUMENTS = "class Mine:\n    def __init__(self, {}): pass\n    def unlearn_step
         ("mine.py", "def rule(context, *, weight): pass", "'mine': hyperparameter 'weight' needs a default"),
         ("scrub.py", "def rule(context): pass", "'scrub' is the name of a method of the package: rename the file"),
         ("retrain.py", "def rule(context): pass", "'retrain' is the name of a method of the package"),
+        ("pretrained.py", "def rule(context): pass", "'pretrained' is the name of a method of the package"),
     ],
 )
 def test_a_file_that_is_no_rule_is_refused(tmp_path, file, text, message):

@@ -52,7 +52,14 @@ def test_one_original_is_unlearned_several_times(tmp_path):
     assert files == {
         f"seed{seed}{draw}.{kind}" for seed in (1, 2) for draw in ("", "-unlearn1") for kind in ("json", "npz")
     }
+    # What the pretrained models say is kept once a seed, beside no record.
+    originals = tmp_path / "runs" / BENCH / "pretrained"
+    assert {path.name for path in originals.iterdir()} == {"seed1.npz", "seed2.npz"}
+    asked = np.load(originals / "seed2.npz")
+    right = asked["forget_train"].argmax(1) == asked["forget_train_labels"]
+    assert right.mean() == pytest.approx(other["before"]["companions"]["forget_train_acc"])
     kept = np.load(tmp_path / "runs" / BENCH / "retain_finetune" / "seed1-unlearn1.npz")
+    assert kept["finished_at"] == again["finished_at"]
     right = kept["forget_train"].argmax(1) == kept["forget_train_labels"]
     assert right.mean() == pytest.approx(again["companions"]["forget_train_acc"])
     (alone,) = results(request_of(tmp_path / "alone", seeds=(1,)))  # the first draw is what one has without

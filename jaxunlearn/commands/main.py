@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxunlearn.commands import bench, gpu_check, leaderboard, parity, speed, tune
+from jaxunlearn.commands import audit, bench, gpu_check, leaderboard, parity, speed, tune
 from jaxunlearn.commands.parser import Parser, exit_status, take_command
 from jaxunlearn.devices.memory import plainly_started, restart_with_memory_kept
 from jaxunlearn.training.stopping import SIGNALS
@@ -13,6 +13,7 @@ from jaxunlearn.version import __version__
 COMMANDS = {
     "bench": bench,
     "tune": tune,
+    "audit": audit,
     "leaderboard": leaderboard,
     "speed": speed,
     "parity": parity,

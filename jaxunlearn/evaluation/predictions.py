@@ -42,15 +42,19 @@ class Predictions(NamedTuple):
         return all((np.isfinite(x) | (np.isneginf(x) & ruled_out)).all() for x in self.logits)
 
 
-def packed(predictions: Predictions, labels: Sets) -> bytes:
-    """Predictions as an .npz: of each set log-probabilities f16[N, classes], and `<set>_labels` i32[N]."""
+def packed(predictions: Predictions, labels: Sets, **about: str) -> bytes:
+    """Predictions as an .npz: of each set log-probabilities f16[N, classes], and `<set>_labels` i32[N].
+
+    `about` are texts to keep beside them.
+    """
     arrays: dict[str, Any] = {}
     for name, logits in predictions.logits._asdict().items():
         log_p = log_probabilities(logits)
         # Below the least finite float16 a probability is nothing; minus infinity stays.
         arrays[name] = np.where(np.isneginf(log_p), log_p, np.maximum(log_p, -65504)).astype(np.float16)
+    beside = {f"{name}_labels": x for name, x in labels._asdict().items()} | about
     content = io.BytesIO()
-    np.savez_compressed(content, **arrays, **{f"{name}_labels": x for name, x in labels._asdict().items()})
+    np.savez_compressed(content, **arrays, **beside)
     return content.getvalue()
 
 

@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Any]:
       UserError: there is none that can be read, it is of a newer version, or it is not what the schema says.
     """
     try:
-        record = schema.upgrade(_parse(path))
+        record = schema.upgrade(parse(path))
         schema.check(record)
     except ValueError as error:
         raise UserError(f"cannot read the record {path}: {error}") from error
@@ -100,7 +100,7 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
 def _existing(path: Path) -> dict[str, Any]:
     """The record that one would replace, as it is there: what is compared is what was written then."""
     try:
-        record = _parse(path)
+        record = parse(path)
         schema.upgrade(record)  # refuses newer ones
     except ValueError as error:
         raise UserError(f"cannot read the record {path} ({error}): pass --force to replace it") from error
@@ -109,7 +109,7 @@ def _existing(path: Path) -> dict[str, Any]:
     return record | {"protocol": schema.LATER | record["protocol"]}
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, in one line, for what is none or is none that `write` wrote."""
     if not os.path.isfile(path):  # a device or a pipe may never end
         raise ValueError("no such file")

@@ -36,18 +36,18 @@ LIMITS = {
 
 
 @cache
-def load_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of records, as it is in `schema.json`."""
-    return json.loads(resources.files("jaxunlearn.results").joinpath("schema.json").read_text(encoding="utf-8"))
+def load_schema(room: str = "results") -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a room's records, as it is in its `schema.json`."""
+    return json.loads(resources.files(f"jaxunlearn.{room}").joinpath("schema.json").read_text(encoding="utf-8"))
 
 
-def check(record: Any) -> None:
-    """Raises ValueError where `record` is none of version `VERSION`: one line, which names the first wrong place.
+def check(record: Any, room: str = "results") -> None:
+    """Raises ValueError where `record` is not what a room's schema says: one line, which names the first wrong place.
 
     A tuple is a list, as it will be in the file. NaN and the infinities are no numbers, except where the schema leaves
     open what there is: in hyperparameters and in fields that it does not know.
     """
-    for error in _validator().iter_errors(record):
+    for error in _validator(room).iter_errors(record):
         raise ValueError(_line(error))
 
 
@@ -93,7 +93,7 @@ def _filled(value: Any, schema: Mapping[str, Any]) -> Any:
 
 
 @cache
-def _validator() -> Any:
+def _validator(room: str) -> Any:
     from jsonschema import Draft202012Validator, validators  # slow to import, and not every run reads or writes
 
     types = Draft202012Validator.TYPE_CHECKER
@@ -101,7 +101,7 @@ def _validator() -> Any:
         "number", lambda _, value: types.is_type(value, "number") and (isinstance(value, int) or math.isfinite(value))
     )
     both = finite.redefine("array", lambda _, value: isinstance(value, list | tuple))
-    return validators.extend(Draft202012Validator, type_checker=both)(load_schema())
+    return validators.extend(Draft202012Validator, type_checker=both)(load_schema(room))
 
 
 def _line(error: Any) -> str:

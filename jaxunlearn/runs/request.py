@@ -22,6 +22,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.models.state_dicts import shortcut
 from jaxunlearn.models.weight_files import read_weights
 from jaxunlearn.registry import (
+    PRETRAINED,
     REFERENCES,
     RETRAIN,
     Method,
@@ -75,6 +76,10 @@ class Request:
         if (platform := jax.default_backend()) != "cpu":
             differs["platform"] = platform
         return record_path(self.out, self.bench, method.name, seed, differs, unlearn_seed)
+
+    def originals_path(self, seed: int) -> Path:
+        """Where it is kept what the pretrained model of a seed says."""
+        return self.record_path(Method(PRETRAINED, None, {}, {}), seed).with_suffix(".npz")
 
     @property
     def settings(self) -> tuple[Any, ...]:

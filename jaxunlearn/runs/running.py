@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxunlearn.evaluation.predictions import packed
 from jaxunlearn.files import write_atomically
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
-from jaxunlearn.registry import RETRAIN, Method
+from jaxunlearn.registry import PRETRAINED, RETRAIN, Method
 from jaxunlearn.results import records
 from jaxunlearn.runs.compiling import EVALUATE, RELEARN, compiled_ahead
 from jaxunlearn.runs.groups import Group
@@ -46,6 +46,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         ahead.ready(RELEARN)
         scorer = Scorer(run)
         originals = scorer.start_from(pretrained)
+        _keep_originals(run, originals)
         if run.given is not None:
             _check_normalisation(run, originals.results[0]["retain_acc"], pretrained)
         common = dict(run.timing)
@@ -118,21 +119,42 @@ def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], ask
     own = fetch(jax.tree.map(lambda x: x[index], variables)) if weights else {}
     if not leads():
         return None
-    try:
+    with _written(method.name):
         if not records.write(path, record, request.force):
             return f"{path} holds a better record, kept; --force replaces it"
         kept = path.with_suffix(".npz") if request.keep_predictions else None
         if (kept or weights) and record["status"] != "ok":
             missing = " and ".join(map(str, filter(None, (kept, weights))))
             return f"{missing} was not written: the model is {record['status']}"
-        if kept:
-            write_atomically(kept, packed(asked.predictions[index], run.evaluator.labels))
+        if kept:  # it says of which record it is: one that replaces that may be written without
+            said = packed(asked.predictions[index], run.evaluator.labels, finished_at=record["finished_at"])
+            write_atomically(kept, said)
         if weights:
             write_safetensors(weights, to_state_dict(own))
-    except OSError as error:
-        message = f"cannot write the results of {method.name} ({one_line(error)})"
-        raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
     return None
+
+
+def _keep_originals(run: Prepared, originals: Asked) -> None:
+    """Writes what the pretrained models say, if asked to, but for those that diverged or learned nothing."""
+    if not (run.request.keep_predictions and leads()):
+        return
+    models = originals.models
+    with _written(PRETRAINED):
+        for i, seed in enumerate(run.request.seeds):
+            sound = models.diverged[i] is None and not models.untrained[i]
+            if sound and originals.results[i]["retain_acc"] is not None:
+                said = packed(originals.predictions[i], run.evaluator.labels)
+                write_atomically(run.request.originals_path(seed), said)
+
+
+@contextmanager
+def _written(name: str) -> Iterator[None]:
+    """Raises WriteError, in one line, where results of `name` cannot be written inside."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot write the results of {name} ({one_line(error)})"
+        raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
 
 
 def _train_or_load(run: Prepared, without: int | None) -> Models:

@@ -1,0 +1,149 @@
+"""The models of an audit: those that are missing are made by ordinary runs, and of each what it says is read."""
+
+import dataclasses
+import gc
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxunlearn.audit.margins import retained_margin, true_class_margin
+from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.progress import Reporter
+from jaxunlearn.registry import RETRAIN, Method
+from jaxunlearn.results import records
+from jaxunlearn.runs.preparation import prepare
+from jaxunlearn.runs.request import Request
+from jaxunlearn.runs.running import results
+
+SETS = ("forget_train", "retain_train", "retain_test")
+STATISTICS = ("true_class", "retained")  # which margin
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+Record = Mapping[str, Any]
+Margins = dict[str, np.ndarray]  # by set: f64[models, images]
+
+
+class Models(NamedTuple):
+    """What models of a kind say, a row a seed."""
+
+    seeds: list[int]
+    worth: list[Record]  # metrics and companions
+    margins: dict[str, Margins]  # by statistic
+
+    def of(self, seeds: Sequence[int]) -> "Models":
+        """Those of some of the seeds, in their order."""
+        if list(seeds) == self.seeds:
+            return self  # hundreds of megabytes, of hundreds of models
+        rows = [self.seeds.index(seed) for seed in seeds]
+        margins = {name: {part: x[rows] for part, x in sets.items()} for name, sets in self.margins.items()}
+        return Models(list(seeds), [self.worth[row] for row in rows], margins)
+
+
+def collect(request: Request, together: int, reporter: Reporter) -> Iterator[str]:
+    """Runs what is missing of the request's methods, `retrain` being the first, so many seeds at a time.
+
+    A model is there where its record is, of these settings and this rule, with what the model says. So the same command
+    goes on where it was stopped, and takes what other runs have left. Yields warnings.
+
+    Raises:
+      UserError: as runs do, or there is a better record and what its model says is not known.
+    """
+
+    def missing(seed: int) -> list[Method]:
+        return [method for method in request.methods if find(request, method, seed) is None]
+
+    to_do = [seed for seed in request.seeds if missing(seed)]
+    for path in (request.record_path(method, seed) for seed in to_do for method in missing(seed)):
+        if not request.force and _in_full(path):  # before anything is trained: a run would keep it
+            remedy = "run bench with --evaluate full --keep-predictions, or pass --force to replace it"
+            raise UserError(f"{path} was evaluated in full, and what its model says was not kept: {remedy}")
+    for first in range(0, len(to_do), together):
+        seeds = to_do[first : first + together]
+        # Always with `retrain`, which the others are compared with: a record without that replaces none with it.
+        wanted = {RETRAIN, *(method.name for seed in seeds for method in missing(seed))}
+        chosen = [method for method in request.methods if method.name in wanted]
+        run = dataclasses.replace(request, seeds=seeds, methods=chosen, keep_predictions=True)
+        yield from (kept for _, kept in results(prepare(run, reporter)) if kept)
+        gc.collect()  # programs hold each other: a gigabyte and more a group that Python would get round to late
+        for seed in seeds:
+            for method in missing(seed):
+                path = request.record_path(method, seed)
+                raise UserError(f"{path} was kept, and what its model says is not known: pass --force to replace it")
+
+
+def find(request: Request, method: Method, seed: int) -> dict[str, Any] | None:
+    """The record of a model that this request would make, if what the model says is there too or the model has failed.
+
+    None where there is none such.
+    """
+    path = request.record_path(method, seed)
+    try:
+        record = records.read(path)
+    except UserError:
+        return None  # if it is there at all, a run says what is wrong with it
+    settings = json.loads(json.dumps([dataclasses.asdict(request.protocol), method.hyperparameters]))
+    if [record["protocol"], record["hyperparameters"]] != settings or record["rule_digest"] != (method.source or None):
+        return None
+    if record["status"] != "ok":
+        return record
+    if method.name == RETRAIN and not request.originals_path(seed).is_file():
+        return None
+    try:
+        with np.load(path.with_suffix(".npz")) as said:
+            return record if said["finished_at"] == record["finished_at"] else None
+    except UNREADABLE:
+        return None
+
+
+def _in_full(path: Path) -> bool:
+    """Whether there is a record of a model that was evaluated in full."""
+    try:
+        companions = records.read(path)["companions"]
+    except UserError:
+        return False
+    return companions is not None and companions["full"] is not None
+
+
+def load(request: Request, method: Method) -> tuple[list[Record], Models]:
+    """The records of a method, and what its models say but for those that failed, whose seeds are left out.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    found = [(seed, find(request, method, seed)) for seed in request.seeds]
+    made = {seed: record for seed, record in found if record}
+    sound = {seed: record for seed, record in made.items() if record["status"] == "ok"}
+    files = [request.record_path(method, seed).with_suffix(".npz") for seed in sound]
+    return list(made.values()), _models(files, sound, request.protocol.forget_class)
+
+
+def load_originals(request: Request, retrained: Sequence[Record]) -> Models:
+    """What the pretrained models say, of those seeds whose retrained models did not fail.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    before = {record["seed"]: record["before"] for record in retrained if record["status"] == "ok"}
+    return _models([request.originals_path(seed) for seed in before], before, request.protocol.forget_class)
+
+
+def _models(files: Sequence[Path], worth: Mapping[int, Record], forget_class: int) -> Models:
+    margins: dict[str, dict[str, list[np.ndarray]]] = {name: {part: [] for part in SETS} for name in STATISTICS}
+    for file in files:
+        try:
+            with np.load(file) as said:
+                kept = said["test_labels"] != forget_class
+                answers = {name: (said[name], said[f"{name}_labels"]) for name in SETS[:2]}
+                answers["retain_test"] = said["test"][kept], said["test_labels"][kept]
+        except UNREADABLE as error:
+            message = f"cannot read {file} ({one_line(error)}): remove it, and the same command makes it anew"
+            raise UserError(message) from None
+        for part, (log_p, labels) in answers.items():
+            margins["true_class"][part].append(true_class_margin(log_p, labels))
+            margins["retained"][part].append(retained_margin(log_p, forget_class))
+    stacked = {name: {part: np.array(rows) for part, rows in sets.items()} for name, sets in margins.items()}
+    return Models(list(worth), list(worth.values()), stacked)
