@@ -70,6 +70,17 @@ def test_published_rows_stand_beside_the_official_protocol_alone(changes, offici
     assert ({row["published"] for row in made.short(board).rows} == {None, "0.8115"}) is official
 
 
+def test_what_came_of_other_images_is_a_board_of_its_own_that_nothing_is_published_for():
+    other = {"digest": "0123456789abcdef", "verified": False}
+    unknown = {"digest": None, "verified": None}  # of records from before
+    records = [record(seed=0), record(seed=1, dataset=unknown), record(seed=2, dataset=other)]
+    found = made.boards(records)
+    assert [(board.about["protocol"], len(board.records), board.official) for board in found] == [
+        ("the benchmark's own protocol", 2, True),
+        ("images 0123456789abcdef", 1, False),
+    ]
+
+
 def test_a_row_says_all_that_its_records_do():
     rows = [record(seed=seed, hyperparameters=SCRUB, command=f"run {seed}") for seed in (0, 1)]
     rows.append(record(seed=2, hyperparameters=SCRUB, make=diverged_record))
@@ -135,6 +146,7 @@ def test_a_row_that_is_no_measurement_has_no_verdict_and_no_reading():
     (board,) = made.boards([record("bad_teacher", seed, bench) for seed in range(3)])
     assert {row["agrees"] for row in made.verdicts(board).rows} == {"not a measurement"}
     assert made.readings(board).rows[0]["left out"] == "not a measurement"
+    assert {row["published"] for row in made.short(board).rows} == {None}
 
 
 def test_readings_are_summed_over_the_rules_that_tell():

@@ -10,6 +10,7 @@ from jaxunlearn.benchmarks import BENCHMARKS
 from jaxunlearn.evaluation.metrics import auc_standard_error
 from jaxunlearn.registry import RETRAIN, get_method, names, sentence
 from jaxunlearn.results import published
+from jaxunlearn.results.records import other_images
 from jaxunlearn.results.rows import SHOWN, Row, summarize
 from jaxunlearn.results.sheets import Cell, Estimate, Sheet
 
@@ -22,10 +23,10 @@ ONE_ORIGINAL = (
 
 
 class Board(NamedTuple):
-    """Records of one benchmark that were made by one protocol, on one kind of device."""
+    """Records of one benchmark that were made by one protocol, of the same images, on one kind of device."""
 
     bench: str
-    differs: Mapping[str, Any]  # from the benchmark's own protocol on a CPU, by field, and "device"
+    differs: Mapping[str, Any]  # from the benchmark's own protocol on a CPU, by field, "device" and "images"
     records: Sequence[dict[str, Any]]
 
     @property
@@ -49,7 +50,7 @@ class Board(NamedTuple):
 
 
 def boards(records: Iterable[dict[str, Any]]) -> list[Board]:
-    """The records by benchmark, protocol and kind of device: official protocols first, then given weights, then others.
+    """The records by benchmark, protocol, images and kind of device: official ones first, then given weights, others.
 
     Args:
       records: as files have them, of benchmarks of the package.
@@ -60,6 +61,8 @@ def boards(records: Iterable[dict[str, Any]]) -> list[Board]:
         differs = {name: value for name, value in record["protocol"].items() if name not in own or value != own[name]}
         if (device := record["environment"]["device_kind"]) != "cpu":
             differs["device"] = device
+        if images := other_images(record):
+            differs["images"] = images
         key = json.dumps([record["bench"], differs], sort_keys=True)
         groups.setdefault(key, (record["bench"], differs, []))[2].append(record)
     order = list(BENCHMARKS)
@@ -93,7 +96,8 @@ def short(board: Board) -> Sheet:
     cells = [{name: cell for name, cell in _cells(row).items() if name in ("rank", *kept)} for row in rows]
     for row, shown in zip(rows, cells, strict=True):
         other = _row_to_meet(board, row)
-        shown["published"] = None if other is None else f"{other.values['unlearn_score']:.{other.digits}f}"
+        known = other is not None and not other.broken
+        shown["published"] = f"{other.values['unlearn_score']:.{other.digits}f}" if known else None
     return Sheet(board.about, cells, _notes(board, rows))
 
 
