@@ -173,6 +173,19 @@ def test_readings_are_summed_over_the_rules_that_tell():
     assert sheet.notes == ["What this decides: augmented images of the members."]
 
 
+def test_both_readings_are_of_the_same_seeds():
+    clean = {0: 0.55, 1: 0.56, 2: 0.57, 3: 0.1, 4: 0.9}
+    records = [record(seed=seed, values=areas(area, 0.44 if seed < 3 else None)) for seed, area in clean.items()]
+    row = made.readings(made.boards(records)[0]).rows[0]
+    floor = auc_standard_error(5000, 1000)
+    assert (row["seeds"], row["clean images"]) == (3, pytest.approx(0.56))
+    assert row["log density, clean"] == pytest.approx(log_density([0.55, 0.56, 0.57], 0.4393, floor))
+    apart = [record(seed=seed, values=areas(0.5, None), companions=None) for seed in range(3)]
+    apart += [record(seed=seed, values=areas(None, 0.5, tied=0.5), companions=None) for seed in range(3, 6)]
+    row = made.readings(made.boards(apart)[0]).rows[0]
+    assert row["left out"] == "needs 3 seeds with an area of clean and of augmented images"
+
+
 def test_without_three_seeds_nothing_is_decided():
     old = [record(seed=seed, values=areas(0.4, None)) for seed in range(3)]
     sheet = made.readings(made.boards(old)[0])

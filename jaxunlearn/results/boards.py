@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from jaxunlearn.benchmarks import BENCHMARKS
@@ -138,12 +139,15 @@ def readings(board: Board) -> Sheet | None:
         if (other := _row_to_meet(board, row)) is None or not row.learned:
             continue
         area = other.values["forget_mia_auc"]
-        ours = {reading: list(row.values[own].values()) for reading, own in published.READINGS.items()}
-        why = _unread(row, other, ours, floor)
-        found = {} if why else {r: published.log_density(values, area, floor) for r, values in ours.items()}
+        ours = {reading: row.values[own] for reading, own in published.READINGS.items()}
+        both = set.intersection(*map(set, ours.values()))  # else they would differ by what seeds they are of, too
+        if not (why := _unread(row, other, ours, len(both), floor)):
+            ours = {reading: {seed: areas[seed] for seed in sorted(both)} for reading, areas in ours.items()}
+        values = {reading: list(areas.values()) for reading, areas in ours.items()}
+        found = {} if why else {r: published.log_density(areas, area, floor) for r, areas in values.items()}
         densities += [found] if found else []
-        shown: dict[str, Cell] = {"method": row.method, "seeds": row.seeds, "published": area}
-        shown |= {f"{reading} images": row.mean.get(own) for reading, own in published.READINGS.items()}
+        shown: dict[str, Cell] = {"method": row.method, "seeds": len(both) if found else row.seeds, "published": area}
+        shown |= {f"{reading} images": fmean(areas) if areas else None for reading, areas in values.items()}
         shown |= {f"log density, {reading}": found.get(reading) for reading in ours}
         cells.append(shown | {"left out": why})
     if not cells:
@@ -186,11 +190,19 @@ def _row_to_meet(board: Board, row: Row) -> published.Published | None:
     return published.row_to_meet(board.bench, row.method) if board.official and not row.variant else None
 
 
-def _unread(row: Row, other: published.Published, ours: Mapping[str, Sequence[float]], floor: float) -> str:
-    """Why an area tells nothing of what the attack saw; empty where it does."""
+def _unread(
+    row: Row, other: published.Published, ours: Mapping[str, Mapping[int, float]], both: int, floor: float
+) -> str:
+    """Why an area tells nothing of what the attack saw; empty where it does.
+
+    Args:
+      ours: our areas, by reading and seed.
+      both: how many seeds have all of them.
+    """
     if other.broken:
         return "not a measurement"
-    if few := [reading for reading, values in ours.items() if len(values) < published.FEWEST]:
+    if both < published.FEWEST:
+        few = [reading for reading, areas in ours.items() if len(areas) < published.FEWEST] or ours
         return f"needs {published.FEWEST} seeds with an area of {' and of '.join(few)} images"
     tied = abs(row.mean["forget_mia_auc"] - row.mean["forget_mia_auc_published"])
     return "ties decide" if tied > floor else ""
