@@ -36,9 +36,7 @@ def leaderboard(capsys, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_the_tables_of_the_documents_are_those_of_the_records(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     text = path.read_text()
