@@ -128,6 +128,14 @@ def test_update_writes_what_has_changed_and_nothing_where_anything_is_wrong(lead
     assert leaderboard("--update", "a.md", "b.md") == (0, "", "")
 
 
+def test_update_leaves_a_link_a_link(leaderboard, tmp_path):
+    put(tmp_path / "runs" / "seed0.json", example_record())
+    page = put(tmp_path / "elsewhere" / "a.md", b"<!-- leaderboard: --table short -->\n<!-- end -->\n")
+    (tmp_path / "a.md").symlink_to(page)
+    assert leaderboard("--update", "a.md") == (0, "updated a.md\n", "")
+    assert (tmp_path / "a.md").is_symlink() and "scrub" in page.read_text()
+
+
 def test_a_terminal_without_unicode_gets_escapes(tmp_path, monkeypatch):
     for seed in range(2):
         put(tmp_path / "runs" / f"seed{seed}.json", example_record(seed=seed))

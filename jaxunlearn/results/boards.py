@@ -97,8 +97,7 @@ def short(board: Board) -> Sheet:
     cells = [{name: cell for name, cell in _cells(row).items() if name in ("rank", *kept)} for row in rows]
     for row, shown in zip(rows, cells, strict=True):
         other = _row_to_meet(board, row)
-        known = other is not None and not other.broken
-        shown["published"] = f"{other.values['unlearn_score']:.{other.digits}f}" if known else None
+        shown["published"] = f"{other.values['unlearn_score']:.{other.digits}f}" if other and not other.broken else None
     return Sheet(board.about, cells, _notes(board, rows))
 
 
