@@ -94,6 +94,20 @@ def test_a_row_says_all_that_its_records_do():
     assert (mine["variant"], mine["reads"], mine["commands"], mine["rank"]) == ("a=1", None, (), None)
 
 
+def test_a_model_that_collapsed_is_marked_where_the_first_records_did_not_say_so():
+    unknown = dict.fromkeys(("collapsed", "inverted_membership", "above_retrain", "output_mask"))
+    cases = {
+        "a": {"retain_acc": 0.79},  # before it was .9
+        "b": {"retain_acc": 0.81},
+        "c": {"retain_acc": 0.1, "before": None},
+        "d": {"retain_acc": 0.1, "flags": unknown | {"collapsed": False}},
+    }
+    records = [record(name, values={"flags": unknown} | values) for name, values in cases.items()]
+    (board,) = made.boards([*records, record("e", make=diverged_record)])
+    flags = {row["method"]: row["flags"] for row in made.results(board).rows}
+    assert [flags[name] for name in "abcde"] == [["collapsed"], [], [], [], []]
+
+
 def test_hyperparameters_in_a_file_are_lists_and_still_the_rules_own():
     (board,) = made.boards([record("importance_masked", hyperparameters={"ascent": [0.3, 0.24, 0.15]})])
     assert made.results(board).rows[1]["variant"] == ""

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from jaxunlearn.benchmarks import BENCHMARKS
+from jaxunlearn.evaluation.flags import COLLAPSE
 from jaxunlearn.evaluation.metrics import auc_standard_error
 from jaxunlearn.registry import RETRAIN, get_method, names, sentence
 from jaxunlearn.results import published
@@ -171,17 +172,26 @@ def rules() -> Sheet:
 
 def _rows_of(board: Board) -> list[Row]:
     """The rows of a board. Rules of others that share a name are told apart by their digests."""
+    records = [_marked(record) for record in board.records]
     shipped = (*names(), RETRAIN)
-    digests = {(record["method"], record["rule_digest"]) for record in board.records}
+    digests = {(record["method"], record["rule_digest"]) for record in records}
     shared = Counter(method for method, _ in digests if method not in shipped)
     named = [
         record | {"method": f"{record['method']} {str(record['rule_digest'])[:8]}"}
         if shared[record["method"]] > 1
         else record
-        for record in board.records
+        for record in records
     ]
-    known = {record["method"] for record in board.records} & set(names())
+    known = {record["method"] for record in records} & set(names())
     return summarize(named, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known})
+
+
+def _marked(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a model that collapsed says so: the first ones did not, but have what tells it."""
+    before, after = (record["before"] or {}).get("retain_acc"), record["retain_acc"]
+    if record["flags"]["collapsed"] is not None or before is None or after is None:
+        return record
+    return record | {"flags": record["flags"] | {"collapsed": before - after > COLLAPSE}}
 
 
 def _row_to_meet(board: Board, row: Row) -> published.Published | None:
