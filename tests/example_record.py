@@ -106,3 +106,17 @@ def diverged_record(**changes: Any) -> dict[str, Any]:
     flags = dict.fromkeys(EXAMPLE["flags"])  # type: ignore[call-overload]
     at = {"phase": "unlearn", "step": 7}
     return example_record(**none, flags=flags, status="diverged", diverged_at=at) | changes
+
+
+DROPPED = object()
+
+
+def place(record: Any, path: str, value: Any) -> None:
+    """Sets what is at 'companions.class_acc.0'; DROPPED takes it away."""
+    *outer, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    for step in outer:
+        record = record[step]
+    if value is DROPPED:
+        del record[last]
+    else:
+        record[last] = value

@@ -70,6 +70,17 @@ def test_published_rows_stand_beside_the_official_protocol_alone(changes, offici
     assert ({row["published"] for row in made.short(board).rows} == {None, "0.8115"}) is official
 
 
+def test_what_came_of_other_images_is_a_board_of_its_own_that_nothing_is_published_for():
+    other = {"digest": "0123456789abcdef", "verified": False}
+    unknown = {"digest": None, "verified": None}  # of records from before
+    records = [record(seed=0), record(seed=1, dataset=unknown), record(seed=2, dataset=other)]
+    found = made.boards(records)
+    assert [(board.about["protocol"], len(board.records), board.official) for board in found] == [
+        ("the benchmark's own protocol", 2, True),
+        ("images 0123456789abcdef", 1, False),
+    ]
+
+
 def test_a_row_says_all_that_its_records_do():
     rows = [record(seed=seed, hyperparameters=SCRUB, command=f"run {seed}") for seed in (0, 1)]
     rows.append(record(seed=2, hyperparameters=SCRUB, make=diverged_record))
@@ -81,6 +92,20 @@ def test_a_row_says_all_that_its_records_do():
     assert {name: shown[name] for name in expected} == expected
     assert shown["commands"] == ("run 0", "run 1", rows[2]["command"]) and shown["runs"] is None
     assert (mine["variant"], mine["reads"], mine["commands"], mine["rank"]) == ("a=1", None, (), None)
+
+
+def test_a_model_that_collapsed_is_marked_where_the_first_records_did_not_say_so():
+    unknown = dict.fromkeys(("collapsed", "inverted_membership", "above_retrain", "output_mask"))
+    cases = {
+        "a": {"retain_acc": 0.79},  # before it was .9
+        "b": {"retain_acc": 0.81},
+        "c": {"retain_acc": 0.1, "before": None},
+        "d": {"retain_acc": 0.1, "flags": unknown | {"collapsed": False}},
+    }
+    records = [record(name, values={"flags": unknown} | values) for name, values in cases.items()]
+    (board,) = made.boards([*records, record("e", make=diverged_record)])
+    flags = {row["method"]: row["flags"] for row in made.results(board).rows}
+    assert [flags[name] for name in "abcde"] == [["collapsed"], [], [], [], []]
 
 
 def test_hyperparameters_in_a_file_are_lists_and_still_the_rules_own():
@@ -135,6 +160,7 @@ def test_a_row_that_is_no_measurement_has_no_verdict_and_no_reading():
     (board,) = made.boards([record("bad_teacher", seed, bench) for seed in range(3)])
     assert {row["agrees"] for row in made.verdicts(board).rows} == {"not a measurement"}
     assert made.readings(board).rows[0]["left out"] == "not a measurement"
+    assert {row["published"] for row in made.short(board).rows} == {None}
 
 
 def test_readings_are_summed_over_the_rules_that_tell():
@@ -159,6 +185,19 @@ def test_readings_are_summed_over_the_rules_that_tell():
     assert found["negative_gradient"]["left out"] == "ties decide"
     assert found["bad_teacher"]["left out"].startswith("needs 3 seeds with an area of clean and")
     assert sheet.notes == ["What this decides: augmented images of the members."]
+
+
+def test_both_readings_are_of_the_same_seeds():
+    clean = {0: 0.55, 1: 0.56, 2: 0.57, 3: 0.1, 4: 0.9}
+    records = [record(seed=seed, values=areas(area, 0.44 if seed < 3 else None)) for seed, area in clean.items()]
+    row = made.readings(made.boards(records)[0]).rows[0]
+    floor = auc_standard_error(5000, 1000)
+    assert (row["seeds"], row["clean images"]) == (3, pytest.approx(0.56))
+    assert row["log density, clean"] == pytest.approx(log_density([0.55, 0.56, 0.57], 0.4393, floor))
+    apart = [record(seed=seed, values=areas(0.5, None), companions=None) for seed in range(3)]
+    apart += [record(seed=seed, values=areas(None, 0.5, tied=0.5), companions=None) for seed in range(3, 6)]
+    row = made.readings(made.boards(apart)[0]).rows[0]
+    assert row["left out"] == "needs 3 seeds with an area of clean and of augmented images"
 
 
 def test_without_three_seeds_nothing_is_decided():

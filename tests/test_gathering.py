@@ -1,6 +1,8 @@
 """Records of others: each is read or named, in a line."""
 
+import errno
 import json
+import os
 
 import pytest
 from example_record import example_record
@@ -51,15 +53,37 @@ def test_what_is_no_record_is_a_line_and_costs_the_others_nothing(tmp_path):
     assert max(map(len, refused)) < 400
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    put(tmp_path / "a" / "seed0.json", example_record())
+    put(tmp_path / "b" / "seed1.json", example_record(seed=1))
+    scandir = os.scandir
+
+    def denied(folder):
+        if os.fspath(folder) == str(tmp_path / "a"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    found, refused = gather([tmp_path])
+    assert [record["seed"] for record in found] == [1]
+    assert refused == [f"left out {tmp_path / 'a'}: Permission denied"]
+
+
 def test_a_run_counts_once(tmp_path):
     first = put(tmp_path / "a" / "seed0.json", example_record(finished_at="2026-01-01T00:00:00"))
     later = {"finished_at": "2026-02-01T00:00:00", "rule_digest": "0" * 64, "retain_acc": 0.5}
     again = put(tmp_path / "b" / "seed0.json", example_record(**later))
     put(tmp_path / "c" / "seed0.json", example_record(hyperparameters={"temperature": 2.0}))
+    images = {"digest": "0" * 16, "verified": False}
+    put(tmp_path / "f" / "seed0.json", example_record(dataset=images))
     for name, digest in (("d", "d" * 64), ("e", "e" * 64)):  # rules of others, of one name
         put(tmp_path / name / "seed0.json", example_record(method="mine", rule_digest=digest))
     found, refused = gather([tmp_path])
-    assert [(record["method"], record["retain_acc"]) for record in found] == [("scrub", 0.9)] * 2 + [("mine", 0.9)] * 2
+    assert [(record["method"], record["retain_acc"]) for record in found] == [
+        *[("scrub", 0.9)] * 2,
+        *[("mine", 0.9)] * 2,
+        ("scrub", 0.9),
+    ]
     assert refused == [f"left out {again}: the same run as {first}"]
 
 

@@ -36,9 +36,7 @@ def leaderboard(capsys, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_the_tables_of_the_documents_are_those_of_the_records(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     text = path.read_text()
@@ -128,6 +126,14 @@ def test_update_writes_what_has_changed_and_nothing_where_anything_is_wrong(lead
     assert leaderboard("--update", "a.md", "b.md") == (0, "updated a.md\n", "")
     assert "scrub" in (tmp_path / "a.md").read_text()
     assert leaderboard("--update", "a.md", "b.md") == (0, "", "")
+
+
+def test_update_leaves_a_link_a_link(leaderboard, tmp_path):
+    put(tmp_path / "runs" / "seed0.json", example_record())
+    page = put(tmp_path / "elsewhere" / "a.md", b"<!-- leaderboard: --table short -->\n<!-- end -->\n")
+    (tmp_path / "a.md").symlink_to(page)
+    assert leaderboard("--update", "a.md") == (0, "updated a.md\n", "")
+    assert (tmp_path / "a.md").is_symlink() and "scrub" in page.read_text()
 
 
 def test_a_terminal_without_unicode_gets_escapes(tmp_path, monkeypatch):

@@ -18,8 +18,6 @@ from jaxunlearn import benchmarks
 from jaxunlearn.data.datasets import find, limited
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.metrics import METRICS
-from jaxunlearn.models import torch_weights
-from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
 from jaxunlearn.registry import get_method
 from jaxunlearn.results import records as records_module
@@ -208,56 +206,6 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, monkeypatch):
             np.testing.assert_allclose(other[name], value, rtol=1e-9, atol=1e-9)
 
 
-def test_a_seed_that_diverges_does_not_touch_the_others(tmp_path):
-    rule = tmp_path / "wild.py"
-    rule.write_text(
-        "import jax, jax.numpy as jnp\n"
-        "from jaxunlearn.methods import retain_finetune\n"
-        "def rule(context, *, wild: bool = True):\n"
-        "    inner = retain_finetune.rule(context)\n"
-        "    def init(params, batch_stats, key):\n"
-        "        state = inner.init(params, batch_stats, key)\n"
-        "        return state._replace(extra=(state.extra, jax.random.bernoulli(key), key))\n"
-        "    def step(params, state, retain, forget):\n"
-        "        extra, chosen, key = state.extra\n"
-        "        params, after, metrics = inner.step(params, state._replace(extra=extra), retain, forget)\n"
-        "        worse = jnp.where(wild & chosen & (state.step == 6), jnp.inf, 1.0)\n"
-        "        params = jax.tree.map(lambda x: x * worse, params)\n"
-        "        metrics = metrics | {'loss': metrics['loss'] * worse}\n"
-        "        return params, after._replace(extra=(after.extra, chosen, key)), metrics\n"
-        "    return inner._replace(init=init, step=step)\n"
-    )
-    options = {"method": str(rule), "protocol": STEPPED, "seeds": (1, 2, 3)}
-    calm = results(request_of(tmp_path / "a", settings={"wild": "false"}, **options))
-    wild = results(request_of(tmp_path / "b", **options))
-    assert {record["status"] for record in calm} == {"ok"} and len({r["status"] for r in wild}) == 2
-    for one, other in zip(wild, calm, strict=True):
-        if one["status"] == "ok":
-            assert numbers(one) == numbers(other) and one["diverged_at"] is None
-        else:
-            assert one["diverged_at"] == {"phase": "unlearn", "step": 6} and one["retain_acc"] is None
-
-
-@pytest.mark.parametrize("due", [True, False])
-def test_weights_that_are_lost_in_the_last_step_are_seen_there(tmp_path, monkeypatch, due):
-    monkeypatch.setattr(Saving, "due", lambda self: due)
-    rule = tmp_path / "late.py"
-    rule.write_text(
-        "import jax, jax.numpy as jnp\n"
-        "from jaxunlearn.methods import retain_finetune\n"
-        "def rule(context):\n"
-        "    inner = retain_finetune.rule(context)\n"
-        "    def step(params, state, retain, forget):\n"
-        "        last = state.step == context.epochs * context.steps_per_epoch - 1\n"
-        "        params, after, metrics = inner.step(params, state, retain, forget)\n"
-        "        return jax.tree.map(lambda x: jnp.where(last, jnp.inf, x), params), after, metrics\n"
-        "    return inner._replace(step=step)\n"
-    )
-    (record,) = results(request_of(tmp_path, method=str(rule), protocol=STEPPED))
-    assert record["diverged_at"] == {"phase": "unlearn", "step": record["unlearn_steps"] - 1}
-    assert record["flags"]["collapsed"] is None
-
-
 def test_a_run_may_hold_a_rule_several_times(tmp_path):
     variants = [get_method("scrub", {"temperature": text}) for text in ("4", "2")]
     request = dataclasses.replace(request_of(tmp_path, seeds=(1, 2)), methods=variants, once=True)
@@ -316,17 +264,6 @@ def test_variants_of_a_rule_that_looks_at_its_numbers_run_one_after_the_other(tm
         assert [group.title for group in run.groups] == titles
 
 
-def test_where_pretraining_diverges_nothing_is_unlearned(tmp_path, monkeypatch):
-    protocol = dataclasses.replace(STEPPED, pretrain_lr=1e30)
-    monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))
-    (record,) = results(request_of(tmp_path, protocol=protocol))
-    assert record["status"] == "diverged" and record["diverged_at"]["phase"] == "pretrain"
-    assert 0 < record["diverged_at"]["step"] < 5
-    monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("pretrained again"))
-    (again,) = results(request_of(tmp_path, protocol=protocol))
-    assert again["diverged_at"] == record["diverged_at"]
-
-
 def test_other_settings_get_a_folder_of_their_own(tmp_path):
     folders = set()
     for options in (
@@ -356,50 +293,3 @@ def test_with_validation_training_images_stand_in_for_the_test_images(tmp_path):
     last = np.concatenate([np.flatnonzero(chosen.labels == label)[-3:] for label in range(10)])
     np.testing.assert_array_equal(run.evaluator.labels.test, chosen.labels[np.sort(last)])
     np.testing.assert_array_equal(run.train.labels, np.delete(chosen.labels, last))
-
-
-def test_given_weights_replace_pretraining(tmp_path, monkeypatch):
-    params, batch_stats = make_network(DIGITS, 10).initialise(jax.random.key(5))
-    np.savez(tmp_path / "w.npz", **torch_weights.to_state_dict({"params": params, "batch_stats": batch_stats}))
-    monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained"))
-    request = request_of(tmp_path, seeds=(1, 2), init_weights=tmp_path / "w.npz")
-    with pytest.raises(UserError, match="SHA-256 in the protocol go together"):  # without it, runs could be mixed up
-        prepare(request, QUIET)
-    request = dataclasses.replace(request, protocol=dataclasses.replace(DIGITS, init_weights="its hash"))
-    first, second = results(request)
-    same = [name for name in METRICS if "augmented" not in name]  # which is drawn by the seed
-    assert [first["before"][name] for name in same] == [second["before"][name] for name in same]
-    assert first["timing"]["pretrain_s"] == 0 and first["curves"]["pretrain"] is None
-    assert first["throughput"]["pretrain_images_per_s"] is None
-    assert not (tmp_path / "cache" / "pretrained").exists()
-
-
-def test_exported_weights_give_the_model_that_was_exported(tmp_path, monkeypatch):
-    folder = tmp_path / "weights"
-    exported = results(request_of(tmp_path, method="scrub retrain", seeds=(1, 2), export_weights=folder))
-    records = {path.relative_to(tmp_path / "runs").with_suffix("") for path in tmp_path.glob("runs/*/*/*.json")}
-    files = {path.relative_to(folder).with_suffix("") for path in folder.glob("*/*/*.safetensors")}
-    assert len(files) == 4 and files == records
-    monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained"))
-    for record in exported:
-        weights = folder / BENCH / record["method"] / f"seed{record['seed']}.safetensors"
-        protocol = dataclasses.replace(DIGITS, init_weights="its hash", unlearn_epochs=1)
-        (again,) = results(request_of(tmp_path, seeds=(record["seed"],), protocol=protocol, init_weights=weights))
-        assert {name: again["before"][name] for name in METRICS} == {name: record[name] for name in METRICS}
-
-
-def test_a_diverged_run_says_so(tmp_path):
-    rule = tmp_path / "explode.py"
-    rule.write_text(
-        "from jaxunlearn.methods.rule import cross_entropy, loss_rule\n"
-        "@loss_rule\n"
-        "def rule(student, retain, forget, *, scale: float = 1.0):\n"
-        "    return scale * cross_entropy(student(retain.images), retain.labels) * scale\n"
-    )
-    weights = tmp_path / "weights"
-    request = request_of(tmp_path, method=str(rule), settings={"scale": "1e30"}, export_weights=weights)
-    ((wild, warning),) = running.results(prepare(request, QUIET))
-    assert warning is not None and "diverged" in warning and not weights.exists()
-    assert wild["status"] == "diverged" and all(wild[name] is None for name in METRICS)
-    assert wild["before"]["retain_acc"] is not None and wild["flags"]["collapsed"] is None
-    assert wild["diverged_at"] == {"phase": "unlearn", "step": 0}

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     for path, text in {path: updated(text, str(path)) for path, text in texts.items()}.items():
         if text != texts[path]:
             try:
-                write_atomically(path, text.encode())
+                write_atomically(path.resolve(), text.encode())  # of a link, what it leads to
             except OSError as error:
                 raise WriteError(f"cannot write {path}: {error.strerror}") from None
             _print(f"updated {path}\n")

@@ -4,12 +4,15 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from jaxunlearn.benchmarks import BENCHMARKS
+from jaxunlearn.evaluation.flags import COLLAPSE
 from jaxunlearn.evaluation.metrics import auc_standard_error
 from jaxunlearn.registry import RETRAIN, get_method, names, sentence
 from jaxunlearn.results import published
+from jaxunlearn.results.records import other_images
 from jaxunlearn.results.rows import SHOWN, Row, summarize
 from jaxunlearn.results.sheets import Cell, Estimate, Sheet
 
@@ -22,10 +25,10 @@ ONE_ORIGINAL = (
 
 
 class Board(NamedTuple):
-    """Records of one benchmark that were made by one protocol, on one kind of device."""
+    """Records of one benchmark that were made by one protocol, of the same images, on one kind of device."""
 
     bench: str
-    differs: Mapping[str, Any]  # from the benchmark's own protocol on a CPU, by field, and "device"
+    differs: Mapping[str, Any]  # from the benchmark's own protocol on a CPU, by field, "device" and "images"
     records: Sequence[dict[str, Any]]
 
     @property
@@ -49,7 +52,7 @@ class Board(NamedTuple):
 
 
 def boards(records: Iterable[dict[str, Any]]) -> list[Board]:
-    """The records by benchmark, protocol and kind of device: official protocols first, then given weights, then others.
+    """The records by benchmark, protocol, images and kind of device: official ones first, then given weights, others.
 
     Args:
       records: as files have them, of benchmarks of the package.
@@ -60,6 +63,8 @@ def boards(records: Iterable[dict[str, Any]]) -> list[Board]:
         differs = {name: value for name, value in record["protocol"].items() if name not in own or value != own[name]}
         if (device := record["environment"]["device_kind"]) != "cpu":
             differs["device"] = device
+        if images := other_images(record):
+            differs["images"] = images
         key = json.dumps([record["bench"], differs], sort_keys=True)
         groups.setdefault(key, (record["bench"], differs, []))[2].append(record)
     order = list(BENCHMARKS)
@@ -93,7 +98,7 @@ def short(board: Board) -> Sheet:
     cells = [{name: cell for name, cell in _cells(row).items() if name in ("rank", *kept)} for row in rows]
     for row, shown in zip(rows, cells, strict=True):
         other = _row_to_meet(board, row)
-        shown["published"] = None if other is None else f"{other.values['unlearn_score']:.{other.digits}f}"
+        shown["published"] = f"{other.values['unlearn_score']:.{other.digits}f}" if other and not other.broken else None
     return Sheet(board.about, cells, _notes(board, rows))
 
 
@@ -134,12 +139,15 @@ def readings(board: Board) -> Sheet | None:
         if (other := _row_to_meet(board, row)) is None or not row.learned:
             continue
         area = other.values["forget_mia_auc"]
-        ours = {reading: list(row.values[own].values()) for reading, own in published.READINGS.items()}
-        why = _unread(row, other, ours, floor)
-        found = {} if why else {r: published.log_density(values, area, floor) for r, values in ours.items()}
+        ours = {reading: row.values[own] for reading, own in published.READINGS.items()}
+        both = set.intersection(*map(set, ours.values()))  # else they would differ by what seeds they are of, too
+        if not (why := _unread(row, other, ours, len(both), floor)):
+            ours = {reading: {seed: areas[seed] for seed in sorted(both)} for reading, areas in ours.items()}
+        values = {reading: list(areas.values()) for reading, areas in ours.items()}
+        found = {} if why else {r: published.log_density(areas, area, floor) for r, areas in values.items()}
         densities += [found] if found else []
-        shown: dict[str, Cell] = {"method": row.method, "seeds": row.seeds, "published": area}
-        shown |= {f"{reading} images": row.mean.get(own) for reading, own in published.READINGS.items()}
+        shown: dict[str, Cell] = {"method": row.method, "seeds": len(both) if found else row.seeds, "published": area}
+        shown |= {f"{reading} images": fmean(areas) if areas else None for reading, areas in values.items()}
         shown |= {f"log density, {reading}": found.get(reading) for reading in ours}
         cells.append(shown | {"left out": why})
     if not cells:
@@ -164,17 +172,26 @@ def rules() -> Sheet:
 
 def _rows_of(board: Board) -> list[Row]:
     """The rows of a board. Rules of others that share a name are told apart by their digests."""
+    records = [_marked(record) for record in board.records]
     shipped = (*names(), RETRAIN)
-    digests = {(record["method"], record["rule_digest"]) for record in board.records}
+    digests = {(record["method"], record["rule_digest"]) for record in records}
     shared = Counter(method for method, _ in digests if method not in shipped)
     named = [
         record | {"method": f"{record['method']} {str(record['rule_digest'])[:8]}"}
         if shared[record["method"]] > 1
         else record
-        for record in board.records
+        for record in records
     ]
-    known = {record["method"] for record in board.records} & set(names())
+    known = {record["method"] for record in records} & set(names())
     return summarize(named, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known})
+
+
+def _marked(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a model that collapsed says so: the first ones did not, but have what tells it."""
+    before, after = (record["before"] or {}).get("retain_acc"), record["retain_acc"]
+    if record["flags"]["collapsed"] is not None or before is None or after is None:
+        return record
+    return record | {"flags": record["flags"] | {"collapsed": before - after > COLLAPSE}}
 
 
 def _row_to_meet(board: Board, row: Row) -> published.Published | None:
@@ -182,11 +199,19 @@ def _row_to_meet(board: Board, row: Row) -> published.Published | None:
     return published.row_to_meet(board.bench, row.method) if board.official and not row.variant else None
 
 
-def _unread(row: Row, other: published.Published, ours: Mapping[str, Sequence[float]], floor: float) -> str:
-    """Why an area tells nothing of what the attack saw; empty where it does."""
+def _unread(
+    row: Row, other: published.Published, ours: Mapping[str, Mapping[int, float]], both: int, floor: float
+) -> str:
+    """Why an area tells nothing of what the attack saw; empty where it does.
+
+    Args:
+      ours: our areas, by reading and seed.
+      both: how many seeds have all of them.
+    """
     if other.broken:
         return "not a measurement"
-    if few := [reading for reading, values in ours.items() if len(values) < published.FEWEST]:
+    if both < published.FEWEST:
+        few = [reading for reading, areas in ours.items() if len(areas) < published.FEWEST] or ours
         return f"needs {published.FEWEST} seeds with an area of {' and of '.join(few)} images"
     tied = abs(row.mean["forget_mia_auc"] - row.mean["forget_mia_auc_published"])
     return "ties decide" if tied > floor else ""

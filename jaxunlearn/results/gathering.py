@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,19 @@ def gather(places: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of all files, and of all folders' `seed*.json`, in the order of their paths.
 
     Returns:
-      Records of this version, each run once, the first that is found; and a line for each file that was left out.
+      Records of this version, each run once, the first that is found; and a line for each file or folder that was left
+      out.
 
     Raises:
       UserError: one of the places does not exist.
     """
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    refused = []
-    for path in dict.fromkeys(path for place in places for path in _files(place)):
+    refused: list[str] = []
+
+    def unread(error: OSError) -> None:
+        refused.append(printable(f"left out {error.filename}: {os.strerror(error.errno or 0)}"))
+
+    for path in dict.fromkeys(path for place in places for path in _files(place, unread)):
         try:
             record = records.read(path)
         except UserError as error:
@@ -43,9 +48,9 @@ def gather(places: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     return [record for _, record in found.values()], refused
 
 
-def _files(place: Path) -> Iterator[Path]:
+def _files(place: Path, unread: Callable[[OSError], None]) -> Iterator[Path]:
     if os.path.isdir(place):
-        for folder, folders, names in os.walk(place):  # follows no links, so it ends
+        for folder, folders, names in os.walk(place, onerror=unread):  # follows no links, so it ends
             folders.sort()
             yield from (Path(folder) / name for name in sorted(names) if fnmatch(name, NAMES))
     elif os.path.exists(place):
@@ -57,5 +62,6 @@ def _files(place: Path) -> Iterator[Path]:
 def _run_of(record: dict[str, Any]) -> str:
     # A rule that ships is one rule in all its versions; others may share a name.
     digest = None if record["method"] in (*names(), RETRAIN) else record["rule_digest"]
-    parts = [*(record[key] for key in RUN), record["environment"]["device_kind"], digest]
+    images = records.other_images(record)
+    parts = [*(record[key] for key in RUN), record["environment"]["device_kind"], images, digest]
     return json.dumps(parts, sort_keys=True)

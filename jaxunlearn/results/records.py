@@ -187,6 +187,12 @@ def _verified(record: Mapping[str, Any]) -> bool:
     return isinstance(dataset, dict) and dataset.get("verified") is True
 
 
+def other_images(record: Mapping[str, Any]) -> str | None:
+    """The digest of a record's images where they are not the official ones; None where they are, or nobody knows."""
+    dataset = record["dataset"]
+    return str(dataset["digest"]) if dataset["verified"] is False else None
+
+
 def _differences(old: Mapping[str, Any], protocol: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> list[str]:
     """One 'name: OLD there, NEW here' a setting that differs, compared as JSON values (a tuple is a list there)."""
     found = []
