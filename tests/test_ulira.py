@@ -74,3 +74,17 @@ def test_an_answer_that_is_always_ruled_out_is_caught():
     rng = np.random.default_rng(0)
     found = separation(*ulira_scores(np.full((8, 40), -100.0), phis(rng, 8)), threshold=0.0)
     assert (found["auc"], found["tpr"], found["balanced_accuracy"]) == (1, 1, 1)
+
+
+def test_intervals_know_that_folds_share_their_fits():
+    """Over models that all never saw the images, half of whose variance is an offset of the model's own."""
+    rng = np.random.default_rng(0)
+
+    def models():
+        return (rng.normal(size=(8, 1)) + phis(rng, 8, 20)) / np.sqrt(2)
+
+    covered = []
+    for _ in range(100):
+        found = separation(*ulira_scores(models(), models()), threshold=0.0, folds=folds_of(8))
+        covered.append([abs(found[name] - 0.5) <= found[f"{name}_half_width"] for name in ("auc", "balanced_accuracy")])
+    assert (np.mean(covered, axis=0) >= 0.92).all()
