@@ -41,6 +41,16 @@ def test_few_models_share_a_deviation_and_many_have_one_an_example():
     assert many[1::2].mean() == pytest.approx(many[::2].mean(), rel=0.1)
 
 
+@pytest.mark.parametrize(("models", "pooled"), [(85, True), (86, False)])  # of 85 one fit has 63, the others 64
+def test_all_folds_have_the_same_kind_of_deviation(models, pooled):
+    rng = np.random.default_rng(0)
+    wide = np.where(np.arange(40) % 2, 3.0, 0.3)
+    scores = ulira_scores(phis(rng, models) * wide + wide, phis(rng, models) * wide)[0]
+    for fold in range(4):
+        spread = scores[fold::4].std(axis=0)
+        assert bool(spread[1::2].mean() > 5 * spread[::2].mean()) is pooled
+
+
 @pytest.mark.parametrize("models", [4, 8, 32])
 def test_retrained_models_are_at_chance_and_untouched_ones_are_caught(models):
     rng = np.random.default_rng(1)
