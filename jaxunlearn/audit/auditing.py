@@ -113,7 +113,7 @@ def attack_all(unlearned: Margins, retrained: Margins, kept: float) -> dict[str,
         "forgetting_quality_of_originals": {
             "points": quality,
             "score": quality * kept,
-            "ceiling": forgetting_quality_ceiling(count),
+            "ceiling": forgetting_quality_ceiling(never),
         },
     }
 
