@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from example_record import COMPANIONS
+from example_record import COMPANIONS, example_record
 from test_bench import BENCH, TINY
 
 from jaxunlearn import benchmarks
@@ -17,6 +17,9 @@ from jaxunlearn.audit.collecting import SETS, find
 from jaxunlearn.audit.keeping import read_audit, write_audit
 from jaxunlearn.commands.main import main
 from jaxunlearn.errors import UserError
+from jaxunlearn.registry import Method
+from jaxunlearn.results import records
+from jaxunlearn.runs.request import Request
 
 OPTIONS = ("--bench", BENCH, "--method", "output_mask", "--models", "4", "--together", "3", "--cache-dir", "cache")
 
@@ -102,6 +105,23 @@ def test_it_makes_what_is_missing_and_takes_what_is_there(audit, folder):
     (models / "retrain" / "seed0.json").write_text(json.dumps(fuller))
     status, _, err, runs = audit()  # which would train, and then be kept out by the better record
     assert (status, runs) == (2, []) and "was evaluated in full" in err and err.count("\n") == 1
+
+
+def test_originals_of_other_images_are_not_those_of_a_retrained_model(tmp_path):
+    retrain = Method("retrain", None, {}, {})
+    bench = "resnet20-digits-class0"
+    request = Request(bench, benchmarks.get_benchmark(bench), [retrain], [0], tmp_path, tmp_path)
+    record = example_record(bench=bench, method="retrain", seed=0, hyperparameters={}, rule_digest=None)
+    record |= {"protocol": dataclasses.asdict(request.protocol)}
+    path = request.record_path(retrain, 0)
+    assert records.write(path, record, force=False)
+    np.savez(path.with_suffix(".npz"), finished_at=record["finished_at"])
+    originals = request.originals_path(0)
+    originals.parent.mkdir(parents=True)
+    np.savez(originals, digest=record["dataset"]["digest"])
+    assert find(request, retrain, 0)
+    np.savez(originals, digest="of other images")
+    assert find(request, retrain, 0) is None
 
 
 @pytest.mark.usefixtures("tiny_models")

@@ -52,10 +52,18 @@ def test_points_by_hand():
 def test_equal_distributions_come_to_the_ceiling_and_no_further():
     rng = np.random.default_rng(1)
     unlearned, retrained = rng.normal(size=(2, 32, 200))
-    ceiling = forgetting_quality_ceiling(32)
+    ceiling = forgetting_quality_ceiling(retrained)
     assert forgetting_quality(unlearned, retrained) == pytest.approx(ceiling, abs=0.03) and 0.1 < ceiling < 0.3
     assert forgetting_quality(unlearned + 1, retrained) < ceiling / 2
     assert forgetting_quality(unlearned + 8, retrained) == 0
+
+
+@pytest.mark.parametrize(("deviation", "expected"), [(0.3, 0.10), (5, 0.20)])
+def test_the_ceiling_is_that_of_margins_so_far_spread(deviation, expected):
+    unlearned, retrained = np.random.default_rng(1).normal(size=(2, 32, 100)) * deviation
+    ceiling = forgetting_quality_ceiling(retrained)
+    assert ceiling == pytest.approx(expected, abs=0.015)
+    assert forgetting_quality(unlearned, retrained) == pytest.approx(ceiling, abs=0.03)
 
 
 def test_sides_may_be_of_different_size():

@@ -41,6 +41,16 @@ def test_few_models_share_a_deviation_and_many_have_one_an_example():
     assert many[1::2].mean() == pytest.approx(many[::2].mean(), rel=0.1)
 
 
+@pytest.mark.parametrize(("models", "pooled"), [(85, True), (86, False)])  # of 85 one fit has 63, the others 64
+def test_all_folds_have_the_same_kind_of_deviation(models, pooled):
+    rng = np.random.default_rng(0)
+    wide = np.where(np.arange(40) % 2, 3.0, 0.3)
+    scores = ulira_scores(phis(rng, models) * wide + wide, phis(rng, models) * wide)[0]
+    for fold in range(4):
+        spread = scores[fold::4].std(axis=0)
+        assert bool(spread[1::2].mean() > 5 * spread[::2].mean()) is pooled
+
+
 @pytest.mark.parametrize("models", [4, 8, 32])
 def test_retrained_models_are_at_chance_and_untouched_ones_are_caught(models):
     rng = np.random.default_rng(1)
@@ -74,3 +84,17 @@ def test_an_answer_that_is_always_ruled_out_is_caught():
     rng = np.random.default_rng(0)
     found = separation(*ulira_scores(np.full((8, 40), -100.0), phis(rng, 8)), threshold=0.0)
     assert (found["auc"], found["tpr"], found["balanced_accuracy"]) == (1, 1, 1)
+
+
+def test_intervals_know_that_folds_share_their_fits():
+    """Over models that all never saw the images, half of whose variance is an offset of the model's own."""
+    rng = np.random.default_rng(0)
+
+    def models():
+        return (rng.normal(size=(8, 1)) + phis(rng, 8, 20)) / np.sqrt(2)
+
+    covered = []
+    for _ in range(100):
+        found = separation(*ulira_scores(models(), models()), threshold=0.0, folds=folds_of(8))
+        covered.append([abs(found[name] - 0.5) <= found[f"{name}_half_width"] for name in ("auc", "balanced_accuracy")])
+    assert (np.mean(covered, axis=0) >= 0.92).all()

@@ -93,10 +93,10 @@ def attack_all(unlearned: Margins, retrained: Margins, kept: float) -> dict[str,
       kept: the ratio of accuracies, unlearned over retrained, on retained training images, times that on test images.
     """
     own, never = (margins["forget_train"] for margins in (unlearned, retrained))
-    count, references = len(own), references_of(len(own))
+    count, references, folds = len(own), references_of(len(own)), folds_of(len(own))
     ulira = rmia = None
-    if folds_of(count) > 1:
-        ulira = {"folds": folds_of(count), **separation(*ulira_scores(own, never), threshold=0.0)}
+    if folds > 1:
+        ulira = {"folds": folds, **separation(*ulira_scores(own, never), threshold=0.0, folds=folds)}
     if count - references > 1:
         known = [retrained[name][:references] for name in ("forget_train", "retain_test")]
         scores = [
@@ -113,7 +113,7 @@ def attack_all(unlearned: Margins, retrained: Margins, kept: float) -> dict[str,
         "forgetting_quality_of_originals": {
             "points": quality,
             "score": quality * kept,
-            "ceiling": forgetting_quality_ceiling(count),
+            "ceiling": forgetting_quality_ceiling(never),
         },
     }
 

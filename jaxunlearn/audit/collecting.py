@@ -90,13 +90,17 @@ def find(request: Request, method: Method, seed: int) -> dict[str, Any] | None:
         return None
     if record["status"] != "ok":
         return record
-    if method.name == RETRAIN and not request.originals_path(seed).is_file():
-        return None
+    known = [(path.with_suffix(".npz"), "finished_at", record["finished_at"])]
+    if method.name == RETRAIN:  # a run on other images writes originals even where it has to keep the record
+        known.append((request.originals_path(seed), "digest", record["dataset"]["digest"]))
     try:
-        with np.load(path.with_suffix(".npz")) as said:
-            return record if said["finished_at"] == record["finished_at"] else None
+        for file, name, value in known:
+            with np.load(file) as said:
+                if said[name] != value:
+                    return None
     except UNREADABLE:
         return None
+    return record
 
 
 def _in_full(path: Path) -> bool:

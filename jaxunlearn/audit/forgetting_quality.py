@@ -33,11 +33,16 @@ def forgetting_quality(unlearned: np.ndarray, retrained: np.ndarray) -> float:
     return float(np.where((bucket + 1) * BUCKET <= most, 0.5**bucket, 0).mean())
 
 
-@cache
-def forgetting_quality_ceiling(models: int) -> float:
-    """What `forgetting_quality` gives where both are spread alike: simulated, of normals with so many models a side."""
-    draws = np.random.default_rng(0).normal(size=(2, models, SIMULATED))
-    return forgetting_quality(*draws)
+def forgetting_quality_ceiling(retrained: np.ndarray) -> float:
+    """What `forgetting_quality` gives where both are spread alike: simulated, of normals with retrained models'
+    deviations, on which it depends, since intervals differ from the narrower range by a fixed 2 at most.
+
+    Args:
+      retrained: f64[N, F] margins, N >= 2: as many on either side.
+    """
+    spread = np.quantile(retrained.std(axis=0, ddof=1), np.linspace(0, 1, SIMULATED))
+    draws = np.random.default_rng(0).normal(size=(2, len(retrained), SIMULATED))
+    return forgetting_quality(*(draws * spread))
 
 
 def epsilons(unlearned: np.ndarray, retrained: np.ndarray) -> np.ndarray:

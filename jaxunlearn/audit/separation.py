@@ -4,6 +4,7 @@ Pairs of one model are not independent: what makes it sure of one image makes it
 therefore over models, the clusters in which pairs come, and never over pairs.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ FPR = 0.01  # at which the share that is caught is reported
 CURVE = np.logspace(-4, 0, 33)  # false positive rates of a curve: eight a decade
 
 
-def separation(unlearned: np.ndarray, retrained: np.ndarray, threshold: float | None = None) -> dict[str, Any]:
+def separation(
+    unlearned: np.ndarray, retrained: np.ndarray, threshold: float | None = None, folds: int = 1
+) -> dict[str, Any]:
     """What a score tells apart, as JSON values.
 
     `auc`: how often a pair of an unlearned model scores above one of a retrained model, ties half. `tpr`: the share of
@@ -30,10 +33,15 @@ def separation(unlearned: np.ndarray, retrained: np.ndarray, threshold: float | 
     Methodology 24, 1998): Clopper and Pearson's with the number of independent trials that would have this error, and
     with the number of models where all or none is caught.
 
+    Models that are scored by fits to other folds share these fits, and are no N independent ones: the variance of a
+    mean over models is then 1 + K / (K - 1) times that of independent ones, by Nadeau and Bengio (Machine Learning 52,
+    2003), whose ratio of tested to fitted models is 1 / (K - 1) of K folds.
+
     Args:
       unlearned: float[N, F] scores of F examples by N models, N >= 2, finite; higher is more like unlearned.
       retrained: float[N, F], those of retrained models.
       threshold: the score's own, if it has one.
+      folds: K, of which each was scored by a fit to the others; 1: no model had a part in any score of another.
     """
     models, low, high = len(unlearned), np.sort(retrained, axis=None), np.sort(unlearned, axis=None)
     above_retrained = _share_below(low, unlearned)
@@ -42,17 +50,21 @@ def separation(unlearned: np.ndarray, retrained: np.ndarray, threshold: float | 
     caught = {rate: float((unlearned > _threshold(low, rate)).mean()) for rate in (FPR / 2, FPR, 3 * FPR / 2)}
     slope = (caught[3 * FPR / 2] - caught[FPR / 2]) / FPR
     at = _threshold(low, FPR)
-    error = _standard_error((unlearned > at).mean(1) - slope * (retrained > at).mean(1))
+    longer = math.sqrt(1 + folds / (folds - 1)) if folds > 1 else 1.0  # than errors of models without shared fits
+    error = longer * _standard_error((unlearned > at).mean(1) - slope * (retrained > at).mean(1))
     found = {
         "auc": area,
-        "auc_half_width": _half_width(above_retrained.mean(1) + below_unlearned.mean(1)),
+        "auc_half_width": longer * _half_width(above_retrained.mean(1) + below_unlearned.mean(1)),
         "tpr": caught[FPR],
         "tpr_interval": list(_share_interval(caught[FPR], error, models, unlearned.size)),
         "curve": [float((unlearned > _threshold(low, rate)).mean()) for rate in CURVE],
     }
     if threshold is not None:
         right = ((unlearned > threshold).mean(1) + (retrained <= threshold).mean(1)) / 2
-        found |= {"balanced_accuracy": float(right.mean()), "balanced_accuracy_half_width": _half_width(right)}
+        found |= {
+            "balanced_accuracy": float(right.mean()),
+            "balanced_accuracy_half_width": longer * _half_width(right),
+        }
     return found
 
 

@@ -28,19 +28,20 @@ def ulira_scores(unlearned: np.ndarray, retrained: np.ndarray) -> tuple[np.ndarr
       f64[N, F] of the unlearned models and of the retrained ones.
     """
     folds = folds_of(len(unlearned))
+    pooled = len(unlearned) + -len(unlearned) // folds < MANY  # by the smallest fit: scores of all folds must compare
     scores = np.empty_like(unlearned), np.empty_like(retrained)
     for fold in range(folds):
         held = np.arange(len(unlearned)) % folds == fold
-        fits = [_fit(margins[~held]) for margins in (unlearned, retrained)]
+        fits = [_fit(margins[~held], pooled) for margins in (unlearned, retrained)]
         for own, margins in zip(scores, (unlearned, retrained), strict=True):
             own[held] = _log_density(margins[held], *fits[0]) - _log_density(margins[held], *fits[1])
     return scores
 
 
-def _fit(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _fit(margins: np.ndarray, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
     """Means and deviations of the examples, f64[F] each."""
     variance = margins.var(axis=0, ddof=1)
-    if len(margins) < MANY:
+    if pooled:
         variance = np.full_like(variance, variance.mean())
     return margins.mean(axis=0), np.sqrt(variance).clip(SMALLEST)
 

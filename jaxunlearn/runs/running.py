@@ -143,7 +143,7 @@ def _keep_originals(run: Prepared, originals: Asked) -> None:
         for i, seed in enumerate(run.request.seeds):
             sound = models.diverged[i] is None and not models.untrained[i]
             if sound and originals.results[i]["retain_acc"] is not None:
-                said = packed(originals.predictions[i], run.evaluator.labels)
+                said = packed(originals.predictions[i], run.evaluator.labels, digest=run.digest)
                 write_atomically(run.request.originals_path(seed), said)
 
 
