@@ -145,7 +145,7 @@ def get_benchmark(name: str) -> Protocol:
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     nearest = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0)[0]
-    raise UserError(f"unknown benchmark '{name}': did you mean '{nearest}'? (--list shows all)")
+    raise UserError(f"unknown benchmark '{name}': did you mean '{nearest}'? (bench --list shows all)")
 
 
 def validate(protocol: Protocol, num_classes: int) -> None:

@@ -65,7 +65,7 @@ def test_it_makes_what_is_missing_and_takes_what_is_there(audit, folder):
     for text in ("untouched", "output_mask", "retrain halved", "U-LiRA", "models an hour", "4 more of each"):
         assert text in out
     record = read_audit(folder / "runs" / "audit" / BENCH / "output_mask-N4.json")
-    assert record["seeds"] == [0, 1, 2, 3] and record["command"].endswith("--method output_mask --models 4")
+    assert record["seeds"] == [0, 1, 2, 3] and record["command"].endswith("--method output_mask --models 4 --devices 1")
     assert record["attacks"]["unlearned"]["true_class"]["ulira"]["auc"] == 1  # p_y is nothing: no retrained model's is
     models = folder / "runs" / BENCH
     first = np.load(models / "pretrained" / "seed0.npz")
@@ -133,6 +133,7 @@ def test_originals_of_other_images_are_not_those_of_a_retrained_model(tmp_path):
         (("--method", "retrain"), "--method retrain: name a method that is to be told from it"),
         (("--plot", "roc.pdf"), "--plot roc.pdf: its name must end in .png or .svg"),
         (("--set", "protocol.init_weights=x"), "no such field"),
+        (("--set", "protocol.pretrain_epochs=1"), "it has a flag of its own, --pretrain-epochs"),
     ],
 )
 def test_what_is_wrong_is_one_line(audit, more, said):

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from jaxunlearn.benchmarks import get_benchmark
-from jaxunlearn.commands import bench
-from jaxunlearn.commands.arguments import read_protocol, run_parts
+from jaxunlearn.commands import audit, bench
+from jaxunlearn.commands.arguments import place_parts, read_protocol, seed_parts
 from jaxunlearn.commands.parser import Parser
 from jaxunlearn.errors import UserError
 from jaxunlearn.methods import retain_finetune
 from jaxunlearn.registry import BASELINES, SUBMITTED, get_method, names
 from jaxunlearn.runs import request as runs_request
-from jaxunlearn.runs.command_line import command_of, seeds_as_typed, tune_command
+from jaxunlearn.runs.command_line import audit_command, command_of, seeds_as_typed, tune_command
 from jaxunlearn.runs.request import Request, get_methods, parse_seeds, with_retrain
 
 CIFAR = "resnet20-cifar10-class0"
@@ -25,7 +25,7 @@ def request_of(name, text):
     args = parser.parse_args(["--bench", name, *shlex.split(text)])
     protocol, _, settings = read_protocol(args)
     methods = get_methods(args.method, settings, with_retrain(name, args.against_retrain))
-    return Request(**run_parts(args), protocol=protocol, methods=methods, evaluate=args.evaluate)
+    return Request(**place_parts(args), **seed_parts(args), protocol=protocol, methods=methods, evaluate=args.evaluate)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,22 @@ def test_the_command_of_a_study_tunes_as_it_was_tuned():
         f"jaxunlearn tune --bench {CIFAR} --method scrub --seeds 42 --trials 4 --pretrain-epochs 8 "
         "--set scrub.forget_epochs=3 --range scrub.alpha=0.1:0.2"
     )
+
+
+def test_the_command_of_an_audit_says_all_that_its_models_depend_on(monkeypatch):
+    text = (
+        f"--bench {CIFAR} --method scrub --models 8 --pretrain-epochs 3 --set protocol.pretrain_lr=0.05 "
+        "--set scrub.temperature=2.0 --deterministic"
+    )
+    parser = Parser()
+    audit.add_arguments(parser)
+    args = parser.parse_args(shlex.split(text))
+    protocol, _, settings = read_protocol(args)
+    methods = get_methods(args.method, settings)
+    request = Request(**place_parts(args), protocol=protocol, methods=methods, seeds=range(args.models))
+    assert audit_command(request, methods[0]) == f"jaxunlearn audit {text}"
+    monkeypatch.setattr(runs_request, "default_precision", lambda: "tf32")  # as on a GPU
+    assert "--precision fp32" in audit_command(request, methods[0])
 
 
 def test_a_default_request_has_a_short_command():

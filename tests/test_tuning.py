@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import operator
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from example_record import COMPANIONS, diverged_record, example_record
@@ -15,7 +17,8 @@ from jaxunlearn.registry import get_method
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.unlearning import Unlearning
-from jaxunlearn.tuning.studies import best_of, resumed, save, study_of, trial_of, with_trial
+from jaxunlearn.tuning import running
+from jaxunlearn.tuning.studies import best_of, check_images, resumed, save, study_of, trial_of, with_trial
 
 pytestmark = pytest.mark.usefixtures("tiny_models", "compile_once")
 __all__ = ["bench"]  # a fixture
@@ -48,12 +51,63 @@ def test_what_diverged_or_collapsed_is_never_the_best():
     assert best_of([lost, trial_of([record(0.3)]), collapsed, trial_of([record(0.2)]), trial_of([record(0.2)])]) == 3
 
 
-def test_what_is_of_other_settings_is_put_aside_and_never_lost(tmp_path):
-    def study(settings=None, seeds=(42,)):
-        protocol = dataclasses.replace(get_benchmark(DIGITS), validation=True)
-        method = get_method("scrub", settings)
-        return study_of(Request(DIGITS, protocol, [method], seeds, tmp_path, tmp_path), method, 3, settings or {}, {})
+def request_in(folder, settings=None, seeds=(42,)):
+    protocol = dataclasses.replace(get_benchmark(DIGITS), validation=True)
+    return Request(DIGITS, protocol, [get_method("scrub", settings)], seeds, folder, folder)
 
+
+def study_in(folder, settings=None, seeds=(42,)):
+    request = request_in(folder, settings, seeds)
+    return study_of(request, request.methods[0], 3, settings or {}, {})
+
+
+def test_trials_of_another_process_are_kept(tmp_path, monkeypatch):
+    study, (first, second, third) = study_in(tmp_path), study_in(tmp_path).wanted
+
+    def results(run):
+        yield record(hyperparameters=first), None
+        for own in (second, third):  # by the other one, which was told of three
+            save(with_trial(resumed(study, force=False), [record(0.05, hyperparameters=own)]))
+        yield record(hyperparameters=second), None
+
+    monkeypatch.setattr(running, "prepare", lambda request, reporter: SimpleNamespace(digest="any"))
+    monkeypatch.setattr(running, "results", results)
+    (found,) = running.tune(request_in(tmp_path), [study._replace(wanted=[first, second])], None, False, pytest.fail)
+    assert found.content == json.loads(found.path.read_text()) and found.content["best"] == 2
+    assert [one["average_gap"] for one in found.content["trials"]] == [0.1, 0.1, 0.05]
+
+
+def test_trials_that_saw_other_images_are_not_gone_on_with(tmp_path):
+    study = study_in(tmp_path)
+    check_images(study, "any")
+    save(with_trial(study, [record(hyperparameters=study.wanted[0])]))
+    known = resumed(study, force=False)
+    check_images(known, record()["dataset"]["digest"])
+    with pytest.raises(UserError, match=r"scrub\.json has trials that saw other images: pass another --out"):
+        check_images(known, "another")
+
+
+@pytest.mark.parametrize(
+    "damage", ["[]", "{", "\0", '"trials"', "{}", ("best",), ("trials", 0, "average_gap"), ("trials", 0, "status")]
+)
+def test_a_damaged_file_is_one_line(tmp_path, damage):
+    study = study_in(tmp_path)
+    save(with_trial(study, [record(hyperparameters=study.wanted[0])]))
+    if isinstance(damage, str):
+        study.path.write_text(damage)
+    else:  # what is missing
+        content = json.loads(study.path.read_text())
+        del functools.reduce(operator.getitem, damage[:-1], content)[damage[-1]]
+        study.path.write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match=r"it is no file of tuning's: .*: pass --force to put that file aside"
+    ) as caught:
+        resumed(study, force=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_of_other_settings_is_put_aside_and_never_lost(tmp_path):
+    study = functools.partial(study_in, tmp_path)
     first = with_trial(study(), [record(hyperparameters=study().wanted[0])])
     save(first)
     assert resumed(study(), force=False) == first and len(first.pending) == 2 and first.content["best"] == 0

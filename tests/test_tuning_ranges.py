@@ -18,6 +18,11 @@ def test_a_number_has_a_range_by_its_default():
     assert ranges_of(method_of(), {}, ("k",)) == {"weight": (0.05, 5.0)}
 
 
+def test_what_is_held_has_no_range():
+    with pytest.raises(UserError, match=r"--range mine\.k=1:3: --set mine\.k holds it at one value"):
+        ranges_of(method_of(k=4), {"k": "1:3"}, ("k",))
+
+
 def test_the_rule_says_better_and_the_user_says_last():
     method = method_of({"weight": (0, 1), "k": (2, 3), "off": (0.0, 0.2)})
     assert ranges_of(method, {"k": "4:6"}, ()) == {"weight": (0.0, 1.0), "k": (4, 6), "off": (0.0, 0.2)}

@@ -26,9 +26,10 @@ from tiny import (
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.data.batches import normalise
 from jaxunlearn.errors import UserError
-from jaxunlearn.methods.rule import Pass, UnlearningRule, init_state
+from jaxunlearn.methods.rule import Pass, UnlearningRule, cross_entropy, init_state
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import Method, get_method
+from jaxunlearn.torch_style import UnlearningMethod
 from jaxunlearn.training.unlearning import Split, epoch_plan
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
@@ -208,6 +209,25 @@ def test_passes_and_prepare_know_a_variants_numbers():
         carry, _ = run.epoch(carry, keys, -1)
     expected = jax.tree.map(lambda x: np.stack([2 * x[0], 3 * (x[1] + 1)]), models[0])
     assert_close(jax.device_get(carry.params), expected, 1e-6)
+
+
+class Shifted(UnlearningMethod):
+    """A class whose step needs nothing of what its `prepare` does."""
+
+    def __init__(self, shift: float = 1.0):
+        self.shift = shift
+
+    def prepare(self, model, retain_set, forget_set, optimizer):
+        model.load_state_dict({name: x + self.shift for name, x in model.state_dict().items()})
+
+    def unlearn_step(self, model, retain_batch, forget_batch, optimizer, step, epoch):
+        return {"loss": optimizer.step(lambda: cross_entropy(model(retain_batch[0]), retain_batch[1]))}
+
+
+def test_a_class_is_not_made_anew_without_its_attributes():
+    with jax.set_mesh(mesh_of()):
+        run = make_unlearning(get_method(Shifted), PROTOCOL, mesh_of(), numbers=["shift"])
+        assert not run.takes_numbers()
 
 
 @pytest.mark.parametrize(("name", "takes"), [("salun", True), ("ssd", True), ("unsir", True), ("mine", False)])

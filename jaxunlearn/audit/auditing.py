@@ -14,6 +14,7 @@ from jaxunlearn.audit.separation import separation
 from jaxunlearn.audit.ulira import folds_of, ulira_scores
 from jaxunlearn.errors import UserError
 from jaxunlearn.registry import RETRAIN, Method
+from jaxunlearn.runs.command_line import audit_command
 from jaxunlearn.runs.request import Request
 
 VERSION = 1
@@ -21,7 +22,7 @@ FEWEST = 4  # models: two for each fit of U-LiRA
 
 
 def audits(request: Request) -> Iterator[tuple[Method, dict[str, Any]]]:
-    """Each method of the request but `retrain`, which is the first, and its record without `command`.
+    """Each method of the request but `retrain`, which is the first, and its record.
 
     All models are there: `collect` has been gone through.
 
@@ -58,6 +59,7 @@ def audits(request: Request) -> Iterator[tuple[Method, dict[str, Any]]]:
             "hyperparameters": method.hyperparameters,
             "rule_digest": method.source or None,
             "dataset": made[0]["dataset"],
+            "command": audit_command(request, method),
             "environment": made[0]["environment"],
             "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }

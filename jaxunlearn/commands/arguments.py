@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 INTERRUPTED = "interrupted: the same command goes on from the last checkpoint"
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """What is run, and with which seeds."""
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """What is run."""
     add = parser.add_argument
     add("--bench", metavar="NAME", help="the benchmark: " + ", ".join(BENCHMARKS))
     add(
@@ -27,6 +27,18 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         help="methods by name, files with your own, or a group: baselines, submitted, all "
         "(default: the four baselines and the output mask)",
     )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="a hyperparameter (scrub.temperature=2) or a field of the protocol (protocol.pretrain_lr=0.05)",
+    )
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    """With which seeds."""
+    add = parser.add_argument
     add(
         "--seeds", default="42", metavar="SEEDS", help="42, 0-7 or 1,5,9; several train together (default: %(default)s)"
     )
@@ -43,13 +55,6 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         default=ATTEMPTS,
         metavar="N",
         help="draw a seed that learns nothing in pretraining anew, to N attempts in all (default: %(default)s)",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME.KEY=VALUE",
-        help="a hyperparameter (scrub.temperature=2) or a field of the protocol (protocol.pretrain_lr=0.05)",
     )
 
 
@@ -135,7 +140,7 @@ def read_protocol(
     from jaxunlearn.runs.request import make_protocol, parse_settings
 
     if not args.bench:
-        raise UserError("name a benchmark with --bench (--list shows all)")
+        raise UserError("name a benchmark with --bench (bench --list shows all)")
     settings = parse_settings(args.set)
     if flagged := settings.get("protocol", {}).keys() & {*FLAGS, *SWITCHES}:
         key = min(flagged)
@@ -145,9 +150,14 @@ def read_protocol(
     return protocol, set(changes), settings
 
 
-def run_parts(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say of a `Request` as it is, by its fields."""
+def place_parts(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of which benchmark is run where, by the fields of a `Request`."""
+    names = "bench", "out", "cache_dir", "data_dir", "devices", "deterministic", "save_every"
+    return {name: getattr(args, name) for name in names}
+
+
+def seed_parts(args: argparse.Namespace) -> dict[str, Any]:
+    """What they say of the seeds. Raises UserError."""
     from jaxunlearn.runs.request import parse_seeds
 
-    names = "out", "cache_dir", "data_dir", "devices", "deterministic", "save_every", "attempts", "unlearn_seeds"
-    return {"bench": args.bench, "seeds": parse_seeds(args.seeds)} | {name: getattr(args, name) for name in names}
+    return {"seeds": parse_seeds(args.seeds), "unlearn_seeds": args.unlearn_seeds, "attempts": args.attempts}

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 from jaxunlearn.benchmarks import AGAINST_RETRAIN, BENCHMARKS, EVALUATIONS, SWITCHES
 from jaxunlearn.commands.arguments import (
     INTERRUPTED,
+    add_methods,
     add_output,
     add_processes,
     add_protocol,
-    add_run,
+    add_seeds,
     add_where,
+    place_parts,
     read_protocol,
-    run_parts,
+    seed_parts,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ __all__ = ["INTERRUPTED", "add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the command's arguments."""
-    add_run(parser)
+    add_methods(parser)
+    add_seeds(parser)
     add = parser.add_argument
     add("--list", action="store_true", help="list benchmarks and methods with what they read, and stop")
     add(
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         print("groups of them: baselines, submitted, all")
         return 0
     protocol, chosen, settings = read_protocol(args, args.init_weights)
-    parts = run_parts(args)
+    parts = place_parts(args) | seed_parts(args)
     if join(args.coordinator, args.num_processes, args.process_id):
         keep_stdout_for_results()
     request_devices(args.devices, args.deterministic)

@@ -13,13 +13,15 @@ import sys
 from jaxunlearn.benchmarks import SWITCHES
 from jaxunlearn.commands.arguments import (
     INTERRUPTED,
+    add_methods,
     add_output,
     add_processes,
     add_protocol,
-    add_run,
+    add_seeds,
     add_where,
+    place_parts,
     read_protocol,
-    run_parts,
+    seed_parts,
 )
 from jaxunlearn.errors import UserError
 
@@ -28,7 +30,8 @@ __all__ = ["INTERRUPTED", "add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Gives the parser the command's arguments."""
-    add_run(parser)
+    add_methods(parser)
+    add_seeds(parser)
     add = parser.add_argument
     add("--trials", type=int, default=20, metavar="N", help="how many of each method (default: %(default)s)")
     add(
@@ -68,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.together is not None and args.together < 1:
         raise UserError(f"--together {args.together}: it must be at least 1")
     protocol, chosen, settings = read_protocol(args, validation=True)
-    parts, asked = run_parts(args), parse_settings(args.range, "--range", "LOW:HIGH, such as scrub.temperature=1:8")
+    parts = place_parts(args) | seed_parts(args)
+    asked = parse_settings(args.range, "--range", "LOW:HIGH, such as scrub.temperature=1:8")
     methods = [method for method in get_methods(args.method, settings) if method.name != RETRAIN]
     if not methods:
         raise UserError(f"--method {RETRAIN}: it is what others are compared with, name one of these")

@@ -14,16 +14,19 @@ def command_of(request: Request, method: Method) -> str | None:
     """The command that gives this method's records again, without folders; None where no file has the method."""
     if not method.source and method.name != RETRAIN:
         return None
-    hyperparameters = {k: v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
     words = ["jaxunlearn", "bench", *_run_words(request, method)]
     compares = any(one.name == RETRAIN for one in request.methods)
     if method.name != RETRAIN and compares != with_retrain(request.bench, None):
         words.append("--against-retrain" if compares else "--no-against-retrain")
     words += ["--evaluate", request.evaluate] if request.evaluate != EVALUATIONS[0] else []
-    words += _protocol_words(request)
-    for key, value in hyperparameters.items():
-        words += ["--set", f"{method.name}.{key}={as_typed(value)}"]
+    words += _protocol_words(request) + _set_words(method)
     return shlex.join(words + _where_words(request))
+
+
+def audit_command(request: Request, method: Method) -> str:
+    """The command that audits this method alone as the request does, without folders."""
+    words = ["jaxunlearn", "audit", *_method_words(request, method), "--models", str(len(request.seeds))]
+    return shlex.join(words + _protocol_words(request) + _set_words(method) + _where_words(request))
 
 
 def tune_command(request: Request, method: Method, trials: int, held: Iterable[str], ranges: Mapping[str, str]) -> str:
@@ -43,10 +46,18 @@ def tune_command(request: Request, method: Method, trials: int, held: Iterable[s
     return shlex.join(words + _where_words(request))
 
 
-def _run_words(request: Request, method: Method) -> list[str]:
+def _method_words(request: Request, method: Method) -> list[str]:
     shipped = method.name in (*names(), RETRAIN)
-    words = ["--bench", request.bench, "--method", method.name + ("" if shipped else ".py")]
-    words += ["--seeds", seeds_as_typed(request.seeds)]
+    return ["--bench", request.bench, "--method", method.name + ("" if shipped else ".py")]
+
+
+def _set_words(method: Method) -> list[str]:
+    changed = {key: value for key, value in method.hyperparameters.items() if value != method.defaults[key]}
+    return [word for key, value in changed.items() for word in ("--set", f"{method.name}.{key}={as_typed(value)}")]
+
+
+def _run_words(request: Request, method: Method) -> list[str]:
+    words = [*_method_words(request, method), "--seeds", seeds_as_typed(request.seeds)]
     return words + (["--unlearn-seeds", str(request.unlearn_seeds)] if request.unlearn_seeds > 1 else [])
 
 

@@ -53,12 +53,12 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         entries = {g.title: _unlearn_entries(run, g, pretrained) for g in run.groups if g.title in run.unlearnings}
         unfinished = list(itertools.chain(*entries.values()))
         if not request.once:  # all at once: two processes must not wait for each other
-            stack.enter_context(locked(_of_first_draws(run, unfinished)))
+            stack.enter_context(locked(_of_first_draws(unfinished)))
         before: list[dict[str, Any]] = []
         for group in run.groups:
             run.timing.clear()
             own = entries.get(group.title, [])
-            with locked(_of_first_draws(run, own) if request.once else []):
+            with locked(_of_first_draws(own) if request.once else []):
                 if group.method.name == RETRAIN:  # the first of them
                     asked = scorer.compare_with(_train_or_load(run, without=request.protocol.forget_class))
                     steps = len(run.batches(len(run.split.retain), "retain")) * request.protocol.pretrain_epochs
@@ -88,7 +88,7 @@ def _places(run: Prepared, group: Group) -> Iterator[tuple[Method, int, int]]:
         yield group.methods[number], i, (number * draws + draw) * seeds + i
 
 
-def _of_first_draws(run: Prepared, entries: Sequence[Entry]) -> list[Entry]:
+def _of_first_draws(entries: Sequence[Entry]) -> list[Entry]:
     """What is to be locked: further draws are nobody's who has not the first."""
     return [entry for entry in entries if "unlearn_seed" not in entry.about]
 

@@ -70,7 +70,8 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
 
 
 def traces(rule_of: Callable[[Any], UnlearningRule], context: Context, sizes: tuple[int, int], numbers: Any) -> bool:
-    """Whether all parts of a rule can be traced with abstract `numbers`, each part of a rule that is made anew.
+    """Whether all parts of a rule can be traced with abstract `numbers`, each part of a rule that is made anew, and
+    keep the form of what they change. A class does not whose attributes the one that is made anew does not know.
 
     Whatever fails so is to be run with numbers that are known, where what is wrong with it can be said.
     """
@@ -81,8 +82,10 @@ def traces(rule_of: Callable[[Any], UnlearningRule], context: Context, sizes: tu
             carry = rule_of(numbers).passes[number].init(params, state)
             carry = rule_of(numbers).passes[number].step(params, state, carry, batches[0])
             params, state = rule_of(numbers).passes[number].finish(params, state, carry)
-        step = rule_of(numbers).step
-        return step(params, state, *batches) if step else (params, state)
+        if step := rule_of(numbers).step:
+            after = step(params, state, *batches)
+            same_form("step", ("params", params, after[0]), ("state", state, after[1]))
+        return params, state
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:

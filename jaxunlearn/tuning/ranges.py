@@ -47,7 +47,7 @@ def ranges_of(method: Method, asked: Mapping[str, str], held: Collection[str]) -
     of its default to ten times that, and of an int from 1 on, from 1 to twice its default. What has none, and what is
     `held`, stays as it is.
 
-    Raises UserError for a range that is none, or of something that is no number.
+    Raises UserError for a range that is none, or of something that is no number, and where what is held has one.
     """
     said = {} if method.ranges is None else method.ranges
     if not isinstance(said, Mapping):
@@ -55,6 +55,10 @@ def ranges_of(method: Method, asked: Mapping[str, str], held: Collection[str]) -
     for name in [*said, *asked]:
         if name not in method.defaults:
             raise UserError(f"method '{method.name}' has no hyperparameter '{name}' to have a range")
+    for name in asked:
+        if name in held:
+            place = f"{method.name}.{name}"
+            raise UserError(f"--range {place}={asked[name]}: --set {place} holds it at one value, give one of the two")
     found: dict[str, Range | None] = {}
     for name, default in method.defaults.items():
         if name in held:

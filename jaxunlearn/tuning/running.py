@@ -11,7 +11,7 @@ from jaxunlearn.registry import RETRAIN, get_method
 from jaxunlearn.runs.preparation import prepare
 from jaxunlearn.runs.request import Request
 from jaxunlearn.runs.running import results
-from jaxunlearn.tuning.studies import Study, resumed, save, with_trial
+from jaxunlearn.tuning.studies import Study, check_images, resumed, save, with_trial
 
 
 def tune(
@@ -25,7 +25,7 @@ def tune(
       warn: told what was not written.
 
     Raises:
-      UserError: for whatever is wrong with the request, or where a file is of other settings.
+      UserError: for whatever is wrong with the request, or where a file is of other settings or images.
       KeyboardInterrupt: the run was interrupted; the same call goes on from there.
     """
     with all_or_none():
@@ -38,6 +38,8 @@ def tune(
     places = {study.method.name: number for number, study in enumerate(found)}
     together: dict[str, list[dict[str, Any]]] = {}
     run = prepare(dataclasses.replace(request, methods=[get_method(RETRAIN), *pending], once=True), reporter)
+    for study in found:
+        check_images(study, run.digest)
     for record, kept in results(run):
         if kept:
             warn(kept)
@@ -46,8 +48,8 @@ def tune(
         number = places[record["method"]]
         own = together.setdefault(json.dumps([number, record["hyperparameters"]], sort_keys=True), [])
         own.append(record)
-        if len(own) == len(request.seeds) * request.draws(found[number].method):
-            found[number] = with_trial(found[number], own)
-            if leads():
-                save(found[number])
+        if leads() and len(own) == len(request.seeds) * request.draws(found[number].method):
+            now = resumed(found[number], force=False)  # with what others have tried since
+            found[number] = with_trial(now, own)
+            save(found[number])
     return found

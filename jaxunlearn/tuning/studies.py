@@ -1,4 +1,4 @@
-"""One method's tuning, and the file that it is kept in: `OUT/tuning/<bench>/<method>.json`."""
+"""One method's tuning, and the file that it is kept in: `OUT/tuning/<bench>/<method>.json`, by `schema.json`."""
 
 import dataclasses
 import hashlib
@@ -13,6 +13,8 @@ from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.errors import UserError, WriteError, one_line
 from jaxunlearn.files import check_writable, write_atomically
 from jaxunlearn.registry import Method
+from jaxunlearn.results import records as result_records
+from jaxunlearn.results import schema
 from jaxunlearn.runs.command_line import tune_command
 from jaxunlearn.runs.request import Request
 from jaxunlearn.tuning.ranges import points, ranges_of
@@ -57,8 +59,8 @@ def study_of(request: Request, method: Method, trials: int, held: Collection[str
         "held": {name: method.hyperparameters[name] for name in held},
         "ranges": ranges,
     }
-    command = tune_command(request, method, trials, held, asked)
-    content = _plain(settings) | {"trials": [], "best": None, "command": command, "environment": None}
+    known: dict[str, Any] = {"trials": [], "best": None, "dataset": None, "environment": None}
+    content = _plain(settings) | known | {"command": tune_command(request, method, trials, held, asked)}
     path = request.out / "tuning" / request.bench / f"{method.name}.json"
     return Study(method, path, points(method, ranges, trials), content)
 
@@ -75,16 +77,14 @@ def resumed(study: Study, force: bool) -> Study:
     if not path.is_file():
         return study
     try:
-        found = json.loads(path.read_bytes())
-        if not all(isinstance(one["hyperparameters"], dict) for one in found["trials"]):
-            raise TypeError
+        found = result_records.parse(path)
+        schema.check(found, "tuning")
         differs = [name for name in SETTINGS if found[name] != content[name]]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        found, differs = {}, ["it is no file of tuning's"]
+    except ValueError as error:
+        found, differs = {}, [f"it is no file of tuning's: {error}"]
     if not differs:
-        return study._replace(content=content | {name: found[name] for name in ("trials", "best", "environment")})
+        known = {name: found.get(name) for name in ("trials", "dataset", "environment")}
+        return study._replace(content=content | known | {"best": best_of(found["trials"])})
     if not force:
         there = "; ".join(
             f"{name}: {json.dumps(found[name])} there, {json.dumps(content[name])} here" if name in found else name
@@ -100,12 +100,20 @@ def resumed(study: Study, force: bool) -> Study:
 
 
 def with_trial(study: Study, records: Sequence[Mapping[str, Any]]) -> Study:
-    """The study with one more trial, whose records these are."""
-    trials = [*study.content["trials"], _plain(trial_of(records))]
+    """The study with one more trial, whose records these are, in place of one of the same hyperparameters."""
+    new = _plain(trial_of(records))
+    trials = [*(one for one in study.content["trials"] if one["hyperparameters"] != new["hyperparameters"]), new]
     order = [_plain(one) for one in study.wanted]
     trials.sort(key=lambda one: order.index(one["hyperparameters"]) if one["hyperparameters"] in order else len(order))
-    known = {"trials": trials, "best": best_of(trials), "environment": records[0]["environment"]}
-    return study._replace(content=study.content | known)
+    known = {name: records[0][name] for name in ("dataset", "environment")}
+    return study._replace(content=study.content | known | {"trials": trials, "best": best_of(trials)})
+
+
+def check_images(study: Study, digest: str) -> None:
+    """Raises UserError where the study's trials were evaluated on a data set of another digest: they do not compare."""
+    known = study.content["dataset"]
+    if known is not None and known["digest"] != digest:
+        raise UserError(f"{study.path} has trials that saw other images: pass another --out")
 
 
 def save(study: Study) -> None:
