@@ -4,7 +4,7 @@ import numpy as np
 
 FOLDS = 4  # at most; a model is scored by a fit to the other folds
 MANY = 64  # models of a fit, from which on each example has a deviation of its own
-SMALLEST = 1e-3  # deviation: what margins of log-probabilities in float16 resolve
+SMALLEST = 1e-3  # deviation, so that there is one where all margins are alike, as clipped ones may be
 
 
 def folds_of(models: int) -> int:
