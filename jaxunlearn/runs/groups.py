@@ -11,8 +11,9 @@ from jaxunlearn.registry import Method
 class Group(NamedTuple):
     """Methods of one rule that are unlearned with together."""
 
-    title: str  # for progress; no other group of the run has it
     methods: Sequence[Method]
+    numbers: Sequence[str] = ()  # the hyperparameters, floats, that its program is told and not made with
+    title: str = ""  # for progress; no other group of the run has it
 
     @property
     def method(self) -> Method:
@@ -20,35 +21,43 @@ class Group(NamedTuple):
         return self.methods[0]
 
     @property
-    def numbers(self) -> list[str]:
-        """The hyperparameters in which they differ, all floats; none of a method alone."""
-        first = self.method.hyperparameters
-        return [name for name in first if any(one.hyperparameters[name] != first[name] for one in self.methods)]
+    def program(self) -> str:
+        """What its program is made of: groups with the same can share it."""
+        made_with = {name: x for name, x in self.method.hyperparameters.items() if name not in self.numbers}
+        return json.dumps([self.method.name, made_with, self.numbers, len(self.methods)], sort_keys=True)
 
 
-def alike(methods: Iterable[Method], most: int | None) -> list[list[Method]]:
-    """The methods in their order, at most so many together that differ only in floats; None is as many as there are."""
-    found: dict[str, list[list[Method]]] = {}
-    together: list[list[Method]] = []
+def alike(methods: Iterable[Method]) -> list[list[Method]]:
+    """The methods, those together that differ only in floats, in the order of the first of each."""
+    found: dict[str, list[Method]] = {}
     for method in methods:
         rest = {name: value for name, value in method.hyperparameters.items() if not isinstance(value, float)}
-        own = found.setdefault(json.dumps([method.name, rest], sort_keys=True), [])
-        if not own or len(own[-1]) == most:
-            own.append([])
-            together.append(own[-1])
-        own[-1].append(method)
-    return together
+        found.setdefault(json.dumps([method.name, rest], sort_keys=True), []).append(method)
+    return list(found.values())
 
 
-def titled(together: Sequence[Sequence[Method]]) -> list[Group]:
-    """Groups of these methods. A rule with one group has its name as title."""
-    counts, seen = Counter(own[0].name for own in together), Counter[str]()
-    groups = []
-    for own in together:
-        name = own[0].name
+def differing(methods: Sequence[Method]) -> list[str]:
+    """The hyperparameters in which methods of one rule differ; none of a method alone."""
+    first = methods[0].hyperparameters
+    return [name for name in first if any(one.hyperparameters[name] != first[name] for one in methods)]
+
+
+def grouped(methods: Sequence[Method], numbers: Sequence[str], most: int | None) -> list[Group]:
+    """The methods in groups of at most `most`, None being all; without numbers each by itself."""
+    size = (most or len(methods)) if numbers else 1
+    return [Group(methods[first : first + size], numbers) for first in range(0, len(methods), size)]
+
+
+def titled(groups: Iterable[Group]) -> list[Group]:
+    """The groups with titles. A rule with one group has its name as title."""
+    groups = list(groups)
+    counts, seen = Counter(group.method.name for group in groups), Counter[str]()
+    named = []
+    for group in groups:
+        name = group.method.name
         seen[name] += 1
-        groups.append(Group(name if counts[name] == 1 else f"{name} {seen[name]}/{counts[name]}", own))
-    return groups
+        named.append(group._replace(title=name if counts[name] == 1 else f"{name} {seen[name]}/{counts[name]}"))
+    return named
 
 
 def first_of_each(groups: Iterable[Group]) -> list[Group]:

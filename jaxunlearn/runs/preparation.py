@@ -24,10 +24,10 @@ from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.ops import native
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.registry import RETRAIN, Method, build_rule, names
+from jaxunlearn.registry import RETRAIN, build_rule, names
 from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
-from jaxunlearn.runs.groups import Group, alike, first_of_each, titled
+from jaxunlearn.runs.groups import Group, alike, differing, first_of_each, grouped, titled
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.checking import check_rule
 from jaxunlearn.training.loop import Timing, batch_sizes
@@ -152,11 +152,11 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
             prepared.batches(count, kind)  # raises where they make no batch
         groups = _groups(prepared)
-        unlearnings = {
-            group.title: prepared.unlearning(group, make_mesh(prepared.count(group), request.devices))
-            for group in groups
-            if group.method.name != RETRAIN
-        }
+        made: dict[str, Unlearning] = {}  # by program: variants that run one after the other share what is compiled
+        for group in groups:
+            if group.method.name != RETRAIN and group.program not in made:
+                made[group.program] = prepared.unlearning(group, make_mesh(prepared.count(group), request.devices))
+        unlearnings = {group.title: made[group.program] for group in groups if group.program in made}
         for group in first_of_each(groups):  # all variants were looked at above, with smaller batches
             if group.title in unlearnings:
                 unlearnings[group.title].check()
@@ -172,14 +172,15 @@ def _check_rules(request: Request, context: Context) -> None:
 
 
 def _groups(run: Prepared) -> list[Group]:
-    """What runs together; of a rule that looks at its numbers each variant runs alone."""
+    """What runs together; of a rule that looks at its numbers each variant runs alone, in a program of its own."""
     most = run.request.together or (1 if jax.default_backend() == "cpu" else None)
-    together: list[list[Method]] = []
-    for methods in alike(run.request.methods, most):
-        group = Group("", methods)
-        apart = group.numbers and not run.unlearning(group, run.mesh).takes_numbers()
-        together += [[method] for method in methods] if apart else [methods]
-    return titled(together)
+    groups: list[Group] = []
+    for methods in alike(run.request.methods):
+        numbers = differing(methods)
+        if numbers and not run.unlearning(Group(methods, numbers), run.mesh).takes_numbers():
+            numbers = []
+        groups += grouped(methods, numbers, most)
+    return titled(groups)
 
 
 def _check_outputs(request: Request) -> None:

@@ -119,6 +119,7 @@ class Unlearning:
             retain_key, forget_key = jax.random.split(stream_key(key, Stream.UNLEARN_ORDER, epoch))
             return keys, (epoch_order(retain_key, split.retain)[0], epoch_order(forget_key, split.forget, passes))
 
+        self._start = jax.jit(over_seeds(self._init, mesh))
         self._draw = Compiled(over_seeds(draw, mesh), timing)
         step = _unlearn_step(self._rule_of, protocol, len(sizes), forget_batches)
         self._loop = EpochLoop(step, mesh, timing)
@@ -150,7 +151,7 @@ class Unlearning:
         values = {name: np.asarray(numbers[name], x.dtype) for name, x in dict(self._numbers).items()}
         with self.timing("compile_s"):
             own = params, batch_stats, *place_seeds((keys, values or ()), self.mesh)
-            carry = jax.jit(over_seeds(self._init, self.mesh))(own, None)
+            carry = self._start(own, None)
             jax.block_until_ready(carry)
         if self._rule.prepare is None:
             return carry
