@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from example_record import example_record
+from example_record import diverged_record, example_record
 from fuzzing import damaged, fuzzed
 from hypothesis import given
 
@@ -85,6 +85,15 @@ def test_a_run_counts_once(tmp_path):
         ("scrub", 0.9),
     ]
     assert refused == [f"left out {again}: the same run as {first}"]
+
+
+def test_of_the_same_run_the_record_that_knows_more_is_taken(tmp_path):
+    first = put(tmp_path / "a" / "seed0.json", example_record(companions=None))
+    lost = put(tmp_path / "b" / "seed0.json", diverged_record())
+    most = put(tmp_path / "c" / "seed0.json", example_record())
+    found, refused = gather([tmp_path])
+    assert [record["companions"] is not None for record in found] == [True]
+    assert refused == [f"left out {lost}: the same run as {first}", f"left out {first}: the same run as {most}"]
 
 
 def test_a_place_that_does_not_exist_is_the_users_mistake(tmp_path):

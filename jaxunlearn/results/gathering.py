@@ -21,8 +21,8 @@ def gather(places: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of all files, and of all folders' `seed*.json`, in the order of their paths.
 
     Returns:
-      Records of this version, each run once, the first that is found; and a line for each file or folder that was left
-      out.
+      Records of this version, each run once, the first that is found or one that knows more; and a line for each file
+      or folder that was left out.
 
     Raises:
       UserError: one of the places does not exist.
@@ -42,9 +42,13 @@ def gather(places: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
         if record["bench"] not in BENCHMARKS:
             refused.append(printable(f"left out {path}: there is no benchmark '{record['bench'][:60]}'"))
             continue
-        first, _ = found.setdefault(_run_of(record), (path, record))
-        if first is not path:
-            refused.append(printable(f"left out {path}: the same run as {first}"))
+        run = _run_of(record)
+        kept, left = found.setdefault(run, (path, record)), (path, record)
+        if kept[0] is path:
+            continue
+        if records.better(record, kept[1]) and not records.better(kept[1], record):
+            found[run], kept, left = left, left, kept
+        refused.append(printable(f"left out {left[0]}: the same run as {kept[0]}"))
     return [record for _, record in found.values()], refused
 
 

@@ -91,10 +91,16 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if not force and path.exists():
         old = _existing(path)
-        if _better(old, record) or _differences(old, record["protocol"], record["hyperparameters"]):
+        if better(old, record) or _differences(old, record["protocol"], record["hyperparameters"]):
             return False
     write_atomically(path, text.encode())
     return True
+
+
+def better(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether something would be lost if the new record of a run replaced the old one."""
+    status = old["status"] == "ok" and new["status"] != "ok"
+    return status or (_verified(old) and not _verified(new)) or bool(_extras(old) - _extras(new))
 
 
 def _existing(path: Path) -> dict[str, Any]:
@@ -166,12 +172,6 @@ def _check_depth(value: Any, levels: int) -> None:
         raise RecursionError
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_depth(inner, levels - 1)
-
-
-def _better(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether something would be lost with the old record."""
-    status = old["status"] == "ok" and new["status"] != "ok"
-    return status or (_verified(old) and not _verified(new)) or bool(_extras(old) - _extras(new))
 
 
 def _extras(record: Mapping[str, Any]) -> set[str]:
