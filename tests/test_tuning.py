@@ -5,6 +5,7 @@ import functools
 import json
 import operator
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from test_bench import BENCH, bench
 from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.errors import UserError
 from jaxunlearn.registry import get_method
+from jaxunlearn.results import records, schema
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.unlearning import Unlearning
@@ -85,6 +87,15 @@ def test_trials_that_saw_other_images_are_not_gone_on_with(tmp_path):
     check_images(known, record()["dataset"]["digest"])
     with pytest.raises(UserError, match=r"scrub\.json has trials that saw other images: pass another --out"):
         check_images(known, "another")
+
+
+def test_the_trials_that_are_kept_are_held_to_the_schema():
+    kept = list(Path(__file__).parent.parent.glob("results/tuning/*/*.json"))
+    for path in kept:
+        study = records.parse(path)
+        schema.check(study, "tuning")
+        assert study["best"] == best_of(study["trials"])
+    assert kept
 
 
 @pytest.mark.parametrize(
