@@ -50,10 +50,20 @@ class Method(NamedTuple):
     reads: str = ""  # which data the rule reads, by its docstring; empty where that does not say
     ranges: Any = None  # what the rule's file says of where to look for hyperparameters; None where it says nothing
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The hyperparameters that are not the defaults."""
+        return {name: value for name, value in self.hyperparameters.items() if value != self.defaults[name]}
+
 
 def names() -> list[str]:
     """Every rule that ships with the package: the modules of `methods`, without the contract."""
     return sorted(module.name for module in pkgutil.iter_modules(methods.__path__) if module.name != "rule")
+
+
+def ships(name: str) -> bool:
+    """Whether a method of this name is the package's own: nobody else's can have it."""
+    return name in (*names(), RETRAIN)
 
 
 def members_of(group: str) -> tuple[str, ...]:
@@ -110,7 +120,7 @@ def _files_of(module: ModuleType, found: dict[str, bytes]) -> dict[str, bytes]:
 
 def _check_title(title: str, given: str, kind: str, plain: bool) -> None:
     """Raises UserError for a name that results cannot have: it will be printed, and a part of a folder's name."""
-    if title in (*names(), RETRAIN, PRETRAINED):
+    if ships(title) or title == PRETRAINED:
         raise UserError(f"{given}: '{title}' is the name of a method of the package: rename {kind}")
     if not plain or len(os.fsencode(title)) > LONGEST_TITLE:
         raise UserError(f"{given}: its results could not be named like it: rename {kind}, to letters and digits")

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from jaxunlearn.audit.separation import CURVE
 from jaxunlearn.errors import UserError
+from jaxunlearn.results.tables import table_console
 
 FILE_WIDTH = 120  # columns, of output that is no terminal
 TITLES = {
@@ -32,9 +32,7 @@ def rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, 
 
 def print_audit(records: Sequence[Mapping[str, Any]]) -> None:
     """Prints audits of one benchmark, at least one, and how to read them."""
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = table_console(width=FILE_WIDTH)
     sign = "±" if console.encoding.startswith("utf") else "+-"
     first = records[0]
     models = f"{first['models']} originals, retrained and unlearned models each"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxunlearn.benchmarks import BENCHMARKS
 from jaxunlearn.evaluation.flags import COLLAPSE
 from jaxunlearn.evaluation.metrics import auc_standard_error
-from jaxunlearn.registry import RETRAIN, get_method, names, sentence
+from jaxunlearn.registry import get_method, names, sentence, ships
 from jaxunlearn.results import published
 from jaxunlearn.results.records import other_images
 from jaxunlearn.results.rows import SHOWN, Row, summarize
@@ -173,9 +173,8 @@ def rules() -> Sheet:
 def _rows_of(board: Board) -> list[Row]:
     """The rows of a board. Rules of others that share a name are told apart by their digests."""
     records = [_marked(record) for record in board.records]
-    shipped = (*names(), RETRAIN)
     digests = {(record["method"], record["rule_digest"]) for record in records}
-    shared = Counter(method for method, _ in digests if method not in shipped)
+    shared = Counter(method for method, _ in digests if not ships(method))
     named = [
         record | {"method": f"{record['method']} {str(record['rule_digest'])[:8]}"}
         if shared[record["method"]] > 1
@@ -218,7 +217,6 @@ def _unread(
 
 
 def _cells(row: Row) -> dict[str, Cell]:
-    shipped = row.method in (*names(), RETRAIN)
     measured: dict[str, Cell] = {
         name: Estimate(row.mean[name], row.half_width.get(name)) if name in row.mean else None
         for name in (*SHOWN, "tug_of_war")
@@ -232,7 +230,7 @@ def _cells(row: Row) -> dict[str, Cell]:
         "runs": None if row.runs == row.seeds else row.runs,
         "diverged": row.diverged or None,
         "untrained": row.untrained or None,
-        "reads": get_method(row.method).reads if shipped else None,
+        "reads": get_method(row.method).reads if ships(row.method) else None,
         "flags": row.said,
         "hardware": row.devices,
         "seconds": row.seconds,

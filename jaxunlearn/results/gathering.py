@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxunlearn.benchmarks import BENCHMARKS
 from jaxunlearn.errors import UserError, printable
-from jaxunlearn.registry import RETRAIN, names
+from jaxunlearn.registry import ships
 from jaxunlearn.results import records
 
 NAMES = "seed*.json"  # of records in folders; what is named itself may have any name
@@ -65,7 +65,7 @@ def _files(place: Path, unread: Callable[[OSError], None]) -> Iterator[Path]:
 
 def _run_of(record: dict[str, Any]) -> str:
     # A rule that ships is one rule in all its versions; others may share a name.
-    digest = None if record["method"] in (*names(), RETRAIN) else record["rule_digest"]
+    digest = None if ships(record["method"]) else record["rule_digest"]
     images = records.other_images(record)
     parts = [*(record[key] for key in RUN), record["environment"]["device_kind"], images, digest]
     return json.dumps(parts, sort_keys=True)

@@ -20,6 +20,20 @@ COLUMNS = ("rank", "method", *(SHORT.get(name, name) for name in SHOWN), "seeds"
 PARTS = (COLUMNS[:8], ("method", *COLUMNS[8:]))
 
 
+def table_console(file: TextIO | None = None, width: int = FILE_WIDTH) -> Console:
+    """Where a table is printed: `file`, or standard output. `width`, in columns, is of output that is no terminal."""
+    # Names come from users and files: no markup, no emoji codes.
+    # A file gets plain text, also in a notebook, where rich would display it, and where the environment forces colours.
+    interactive = None if file is None else file.isatty()
+    jupyter = None if file is None else False
+    console = Console(
+        file=file, force_terminal=interactive, force_jupyter=jupyter, markup=False, emoji=False, highlight=False
+    )
+    if not console.is_terminal:
+        console.width = width
+    return console
+
+
 def print_results(
     records: Sequence[Mapping[str, Any]],
     *,
@@ -39,15 +53,7 @@ def print_results(
       members: training images of the forget class that the attack scored; `non_members`: test images of it.
       file: where to; standard output if None.
     """
-    # Names come from users and files: no markup, no emoji codes.
-    # A file gets plain text, also in a notebook, where rich would display it, and where the environment forces colours.
-    interactive = None if file is None else file.isatty()
-    jupyter = None if file is None else False
-    console = Console(
-        file=file, force_terminal=interactive, force_jupyter=jupyter, markup=False, emoji=False, highlight=False
-    )
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = table_console(file)
     plus_minus = "±" if console.encoding.startswith("utf") else "+-"
     rows = summarize(records, defaults)
     repeated = any(row.half_width for row in rows)

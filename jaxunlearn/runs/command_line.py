@@ -1,12 +1,11 @@
 """The command line that gives a record again."""
 
-import dataclasses
 import itertools
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from jaxunlearn.benchmarks import ATTEMPTS, EVALUATIONS, FLAGS, SWITCHES, get_benchmark
-from jaxunlearn.registry import RETRAIN, Method, as_typed, names
+from jaxunlearn.registry import RETRAIN, Method, as_typed, ships
 from jaxunlearn.runs.request import Request, settled, with_retrain
 
 
@@ -47,13 +46,13 @@ def tune_command(request: Request, method: Method, trials: int, held: Iterable[s
 
 
 def _method_words(request: Request, method: Method) -> list[str]:
-    shipped = method.name in (*names(), RETRAIN)
-    return ["--bench", request.bench, "--method", method.name + ("" if shipped else ".py")]
+    return ["--bench", request.bench, "--method", method.name + ("" if ships(method.name) else ".py")]
 
 
 def _set_words(method: Method) -> list[str]:
-    changed = {key: value for key, value in method.hyperparameters.items() if value != method.defaults[key]}
-    return [word for key, value in changed.items() for word in ("--set", f"{method.name}.{key}={as_typed(value)}")]
+    return [
+        word for key, value in method.changes.items() for word in ("--set", f"{method.name}.{key}={as_typed(value)}")
+    ]
 
 
 def _run_words(request: Request, method: Method) -> list[str]:
@@ -62,10 +61,9 @@ def _run_words(request: Request, method: Method) -> list[str]:
 
 
 def _protocol_words(request: Request) -> list[str]:
-    own, used = dataclasses.asdict(get_benchmark(request.bench)), dataclasses.asdict(request.protocol)
-    changes = {k: v for k, v in used.items() if v != own[k]}
-    if used["precision"] != settled(get_benchmark(request.bench), ()).precision:
-        changes |= {"precision": used["precision"]}  # the platform's own would be another
+    changes, precision = request.changes, request.protocol.precision
+    if precision != settled(get_benchmark(request.bench), ()).precision:
+        changes |= {"precision": precision}  # the platform's own would be another
     words = ["--attempts", str(request.attempts)] if request.attempts != ATTEMPTS else []
     for key, value in changes.items():
         flag = "--" + key.replace("_", "-")

@@ -64,15 +64,19 @@ class Request:
     together: int | None = None  # at most so many variants of a rule at once; None: on a CPU one, else all
     once: bool = False  # whoever asks will not ask again for what is done: nothing of it is kept to go on from
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of the protocol that are not the benchmark's own."""
+        own, used = dataclasses.asdict(get_benchmark(self.bench)), dataclasses.asdict(self.protocol)
+        return {name: value for name, value in used.items() if value != own[name]}
+
     def draws(self, method: Method) -> int:
         """How many unlearnings of each original there are by a method: one by a reference, which draws nothing."""
         return 1 if method.name in REFERENCES else self.unlearn_seeds
 
     def record_path(self, method: Method, seed: int, unlearn_seed: int = 0) -> Path:
         """Where a method's record of a seed is kept: apart from the benchmark's own on a CPU if anything differs."""
-        own, used = dataclasses.asdict(get_benchmark(self.bench)), dataclasses.asdict(self.protocol)
-        differs = {name: value for name, value in used.items() if value != own[name]}
-        differs |= {f"{method.name}.{k}": v for k, v in method.hyperparameters.items() if v != method.defaults[k]}
+        differs = self.changes | {f"{method.name}.{name}": value for name, value in method.changes.items()}
         if (platform := jax.default_backend()) != "cpu":
             differs["platform"] = platform
         return record_path(self.out, self.bench, method.name, seed, differs, unlearn_seed)

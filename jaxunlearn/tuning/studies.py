@@ -1,6 +1,5 @@
 """One method's tuning, and the file that it is kept in: `OUT/tuning/<bench>/<method>.json`, by `schema.json`."""
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -9,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from jaxunlearn.benchmarks import get_benchmark
 from jaxunlearn.errors import UserError, WriteError, one_line
 from jaxunlearn.files import check_writable, write_atomically
 from jaxunlearn.registry import Method
@@ -48,12 +46,11 @@ def study_of(request: Request, method: Method, trials: int, held: Collection[str
     Raises UserError for a range that is none.
     """
     ranges = ranges_of(method, asked, held)
-    own, used = dataclasses.asdict(get_benchmark(request.bench)), dataclasses.asdict(request.protocol)
     settings = {
         "bench": request.bench,
         "method": method.name,
         "rule_digest": method.source or None,
-        "protocol": {name: value for name, value in used.items() if value != own[name]},
+        "protocol": request.changes,
         "seeds": list(request.seeds),
         "unlearn_seeds": request.draws(method),
         "held": {name: method.hyperparameters[name] for name in held},

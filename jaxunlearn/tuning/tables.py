@@ -5,23 +5,18 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from jaxunlearn.registry import RETRAIN, get_method
-from jaxunlearn.results.tables import WORDS
+from jaxunlearn.results.tables import WORDS, table_console
 from jaxunlearn.runs.command_line import command_of
 from jaxunlearn.runs.request import Request
 from jaxunlearn.tuning.studies import SHOWN, Study
 
-FILE_WIDTH = 200  # of output that is no terminal: every table fits
-
 
 def print_study(study: Study, request: Request, file: TextIO | None = None) -> None:
     """Prints the trials of a study, smallest average gap first, to `file` or standard output."""
-    console = Console(file=file, markup=False, emoji=False, highlight=False)  # names come from users
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = table_console(file)
     trials, best = study.content["trials"], study.content["best"]
     count = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
     fixed = "" if study.content["ranges"] else "; it has nothing to tune"
