@@ -29,6 +29,7 @@ COMPANIONS = {
         "members_augmented": [0] * 19 + [50],
         "non_members": [0] * 19 + [10],
     },
+    "roc": {"members": [k / 100 for k in range(101)], "members_augmented": [0.0] * 50 + [1.0] * 51},
     "mask_divergence": 0.2,
     "against_retrain": {
         "seed": 42,
@@ -49,7 +50,7 @@ COMPANIONS = {
 BEFORE = METRICS | {"forget_acc": 0.9, "companions": COMPANIONS | {"against_retrain": None, "full": None}}
 PROTOCOL = Protocol(model="resnet20", dataset="cifar10", mean=(0.5,) * 3, std=(0.25,) * 3)
 EXAMPLE = {
-    "schema": 2,
+    "schema": 3,
     "bench": "resnet20-cifar10-class0",
     "method": "scrub",
     "seed": 42,
@@ -60,7 +61,16 @@ EXAMPLE = {
     "curves": {
         "pretrain": {"loss": [1.5, 0.7], "accuracy": [0.4, 0.8]},
         "unlearn": {"retain_loss": [0.2, 0.1], "forget_loss": [1.0, None]},
+        "evaluated": {
+            "epoch": [0, 2],
+            "retain_acc": [0.92, 0.9],
+            "forget_acc": [0.9, 0.1],
+            "forget_mia_auc": [0.56, None],
+            "unlearn_score": [0.5, 0.75],
+            "symmetric_score": [0.6, 0.9],
+        },
     },
+    "scored": "last",
     "flags": {"collapsed": False, "inverted_membership": False, "above_retrain": None, "output_mask": False},
     "unlearn_steps": 100,
     "protocol": dataclasses.asdict(PROTOCOL) | {"mean": [0.5] * 3, "std": [0.25] * 3},  # as in a file

@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, norm
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from jaxunlearn.evaluation import attacks
 from jaxunlearn.evaluation.metrics import mann_whitney_auc
@@ -172,3 +172,32 @@ def test_histogram():
     for bad in ([1.5], [-0.1], [math.nan]):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             attacks.histogram(bad)
+
+
+def test_the_curve_by_hand():
+    curve = attacks.roc([3, 1, 1], [2, 1])
+    # Above 2 lies 3; 2 is a non-member; at 1 two members tie with the other.
+    assert curve[:51] == [0.3333] * 51 and curve[75] == 0.6667 and curve[100] == 1
+    assert attacks.roc([2, 2], [1, 1]) == [1] * 101 and attacks.roc([1] * 5, [1] * 7) == [k / 100 for k in range(101)]
+
+
+@pytest.mark.parametrize(("members", "others", "digits"), [(500, 100, 2), (40, 139, 8), (3, 1000, 8)])
+def test_the_curve_is_scikit_learns(members, others, digits):
+    rng = np.random.default_rng(members)
+    scores = rng.normal(0.3, 1, members).round(digits), rng.normal(0, 1, others).round(digits)
+    labels = np.repeat([1, 0], [members, others])
+    false, true, _ = roc_curve(labels, np.concatenate(scores), drop_intermediate=False)
+    highest = {rate: caught for rate, caught in zip(false, true, strict=True)}  # of a rate, the last is the highest
+    curve = attacks.roc(*scores)
+    for k in range(101):
+        rate = k / 100
+        wanted = highest.get(rate, np.interp(rate, false, true))
+        assert curve[k] == pytest.approx(wanted, abs=6e-5)
+    area = np.trapezoid(curve, dx=0.01)
+    assert area == pytest.approx(mann_whitney_auc(*scores), abs=0.01)
+
+
+@pytest.mark.parametrize("bad", [([], [1.0]), ([1.0], []), ([np.nan], [1.0]), ([[1.0]], [1.0])])
+def test_no_curve_of_no_scores(bad):
+    with pytest.raises(ValueError):
+        attacks.roc(*bad)

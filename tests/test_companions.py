@@ -40,6 +40,7 @@ def test_accuracies_and_answers_are_counted():
     assert beside["class_acc"] == [0, 1 / 2, 3 / 4] and beside["worst_retain_acc"] == 1 / 2
     assert beside["forgotten_as"] == {"train": [0, 2, 1], "test": [0, 1, 1]}
     assert sum(beside["histograms"]["members"]) == 3 and beside["histograms"]["non_members"][17] == 2  # of .9
+    assert beside["roc"]["members"] == [k / 100 for k in range(101)]  # all tie
     json.dumps(beside, allow_nan=False)
 
 

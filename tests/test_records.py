@@ -13,6 +13,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.results import environment as environment_module
 from jaxunlearn.results import records
 from jaxunlearn.results.environment import environment
+from jaxunlearn.results.schema import VERSION
 
 GOOD = json.dumps(example_record()).encode()
 
@@ -72,7 +73,7 @@ def test_write_creates_the_folder_and_keeps_the_order(path):
     assert not path.parent.parent.exists()  # checking leaves nothing behind
     assert records.write(path, record, force=False)
     text = path.read_text()
-    assert text.endswith("}\n") and text.startswith('{\n  "schema": 2,\n')
+    assert text.endswith("}\n") and text.startswith('{\n  "schema": 3,\n')
     assert list(json.loads(text)) == list(record) and list(json.loads(text)["hyperparameters"]) == ["b", "a"]
     assert os.listdir(path.parent) == [path.name]
 
@@ -162,7 +163,7 @@ def test_settings_that_only_one_side_has(path, key):
         (GOOD.replace(b"0.9", b"[" * 100 + b"]" * 100, 1), "it is nested too deeply for a record"),
         (b"[" * 100_000, "it is nested too deeply for a record"),
         (GOOD + b" " * records.LARGEST, "it is too large for a record"),
-        (GOOD.replace(b'"schema": 2', b'"schema": 3', 1), "written by a newer version of jaxunlearn: update it"),
+        (GOOD.replace(b'"schema": 3', b'"schema": 4', 1), "written by a newer version of jaxunlearn: update it"),
     ],
     ids=range(14),
 )
@@ -233,7 +234,7 @@ def test_damaged_records(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "damaged.json"
     put(path, content)
     record = outcome(records.read, path)
-    assert record is None or record["schema"] == 2
+    assert record is None or record["schema"] == VERSION
     outcome(check, path, make())
 
 

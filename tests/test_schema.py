@@ -70,10 +70,11 @@ def test_a_tuple_is_a_list():
     [
         {"companions": None},  # of a record that was upgraded
         {"companions": COMPANIONS | {"against_retrain": None, "full": None}},
+        {"companions": COMPANIONS | {"roc": None}},  # of version 2
         {"before": None},
         {"status": "untrained", "untrained_in": "pretrain"},
         {"status": "untrained", "untrained_in": "pretrain", **dict.fromkeys([*METRICS, "companions"])},
-        {"curves": {"pretrain": None, "unlearn": {}}, "unlearn_steps": 0},
+        {"curves": {"pretrain": None, "unlearn": {}, "evaluated": None}, "unlearn_steps": 0},
         {"attempts": {"pretrain": 0, "retrain": 5}, "rule_digest": None, "command": None},
         {"hyperparameters": {"anything": [1, {"at": None}]}, "unlearn_seed": 3},
     ],
@@ -88,7 +89,7 @@ def test_what_a_record_may_be(changes):
         ("retain_acc", DROPPED, "it lacks 'retain_acc'"),
         ("retain_ac", 0.5, "it has an unknown key 'retain_ac': did you mean 'retain_acc'?"),
         ("\n\x1b[31m", 0.5, "it has an unknown key '\\n\\x1b[31m'"),
-        ("schema", 1, "schema is 1: it must be 2"),
+        ("schema", 1, "schema is 1: it must be 3"),
         ("seed", -1, "seed is -1: it must be at least 0"),
         ("seed", True, "seed is true: it must be a whole number"),
         ("unlearn_seed", 0.5, "unlearn_seed is 0.5: it must be a whole number"),

@@ -12,7 +12,17 @@ from jaxunlearn.results.schema import VERSION, check, load_schema, upgrade
 
 RESULTS = Path(__file__).parent.parent / "results"
 COMMITTED = sorted(RESULTS.glob("**/seed*.json"))
-NEW = ("schema", "unlearn_seed", "forget_mia_auc_augmented", "companions", "curves", "flags", "rule_digest", "command")
+NEW = (
+    "schema",
+    "unlearn_seed",
+    "forget_mia_auc_augmented",
+    "companions",
+    "curves",
+    "scored",
+    "flags",
+    "rule_digest",
+    "command",
+)
 
 
 def version_1(**changes):
@@ -34,8 +44,10 @@ def contains(new, old):
 def test_committed_records_are_read(path):
     old, new = json.loads(path.read_text()), read(path)
     assert list(new) == list(load_schema()["properties"]) and new["schema"] == VERSION
-    if "schema" in old:
+    if old.get("schema") == VERSION:
         assert new == old | {"protocol": {"validation": False} | old["protocol"]}
+    elif "schema" in old:
+        assert contains(new, {name: value for name, value in old.items() if name != "schema"})
     else:
         assert new["flags"]["collapsed"] == old.pop("collapsed", None)
         assert contains(new, old)
@@ -56,12 +68,34 @@ def test_an_old_record_says_what_it_knew():
         forget_mia_auc_augmented=None,
         companions=None,
         before=BEFORE | {"forget_mia_auc_augmented": None, "companions": None},
-        curves={"pretrain": None, "unlearn": None},
+        curves={"pretrain": None, "unlearn": None, "evaluated": None},
         flags=unknown,
         rule_digest=None,
         command=None,
         timing=example_record()["timing"] | {"companions_s": None, "prepare_s": None},
     )
+
+
+def test_a_record_of_version_2_says_what_it_knew():
+    old = example_record(schema=2)
+    for name in ("scored", "curves.evaluated", "companions.roc", "before.companions.roc"):
+        place(old, name, DROPPED)
+    kept = json.dumps(old)
+    new = upgrade(old)
+    check(new)
+    assert json.dumps(old) == kept and list(new) == list(example_record())
+    today = example_record()
+    for name in ("curves.evaluated", "companions.roc", "before.companions.roc"):
+        place(today, name, None)
+    assert new == today and list(new["companions"]) == list(today["companions"])
+
+
+@pytest.mark.parametrize("missing", ["curves", "before", "companions", "protocol", "curves.pretrain"])
+def test_a_record_of_version_2_that_is_none(missing):
+    old = example_record(schema=2)
+    place(old, missing, DROPPED)
+    with pytest.raises(ValueError, match=rf"lacks '{missing.split('.')[-1]}'$"):
+        check(upgrade(old))
 
 
 def test_the_oldest_records_knew_less():
@@ -111,7 +145,7 @@ def test_an_old_record_that_is_none(changes, line):
     assert str(caught.value) == line
 
 
-@pytest.mark.parametrize("version", [3, 10**30])
+@pytest.mark.parametrize("version", [4, 10**30])
 def test_a_newer_record_is_refused(version):
     with pytest.raises(ValueError, match=r"^written by a newer version of jaxunlearn: update it$"):
         upgrade({"schema": version, "what": "nobody knows"})
@@ -119,5 +153,5 @@ def test_a_newer_record_is_refused(version):
 
 @pytest.mark.parametrize("version", ["3", None, 1, True])
 def test_a_version_that_there_never_was(version):
-    with pytest.raises(ValueError, match=r"^schema is .*: it must be 2$"):
+    with pytest.raises(ValueError, match=r"^schema is .*: it must be 3$"):
         check(upgrade(example_record(schema=version)))

@@ -12,6 +12,7 @@ from jaxunlearn.evaluation.metrics import mann_whitney_auc
 
 ATTACKS = ("confidence", "entropy", "modified_entropy", "true_probability")
 BINS = 20  # of a histogram of probabilities
+RATES = 101  # points of a curve
 BLOCK = 2**21  # numbers of one array of the bootstrap: 16 MiB
 LARGEST = np.finfo(np.float64).max
 
@@ -39,6 +40,28 @@ def attack_areas(members: ArrayLike, non_members: ArrayLike, labels: int) -> dic
     """
     scores = [_scores(logits, labels) for logits in (members, non_members)]
     return {name: mann_whitney_auc(scores[0][name], scores[1][name]) for name in ATTACKS}
+
+
+def roc(members: ArrayLike, non_members: ArrayLike) -> list[float]:
+    """Which share of float[M] members scores above the thresholds that 0, .01, ..., 1 of the non-members score above.
+
+    101 fractions, to four decimals. Between two thresholds, as where many tie, the curve is a straight line. The area
+    below it is that of `mann_whitney_auc` but for what lies between its points.
+
+    Raises:
+      ValueError: one of the two is empty, not a vector or not finite.
+    """
+    mann_whitney_auc(members, non_members)  # refuses what has no curve
+    ours, others = np.sort(members), np.sort(non_members)
+    thresholds = np.unique(np.concatenate([ours, others]))[::-1]
+    caught, accused = (
+        np.append(0, scores.size - np.searchsorted(scores, thresholds)).astype(float) for scores in (ours, others)
+    )
+    wanted = np.linspace(0, others.size, RATES)
+    at = np.searchsorted(accused, wanted, side="right") - 1  # the last, which catches most of those that accuse as many
+    then = np.minimum(at + 1, thresholds.size)
+    part = (wanted - accused[at]) / np.maximum(1, accused[then] - accused[at])
+    return ((caught[at] + part * (caught[then] - caught[at])) / ours.size).round(4).tolist()
 
 
 def bootstrap_interval(

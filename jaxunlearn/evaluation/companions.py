@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import softmax
 
 from jaxunlearn.evaluation import distances
-from jaxunlearn.evaluation.attacks import attack_areas, bootstrap_interval, histogram, svc_attack
+from jaxunlearn.evaluation.attacks import attack_areas, bootstrap_interval, histogram, roc, svc_attack
 from jaxunlearn.evaluation.metrics import diverged_metrics, unlearning_metrics
 from jaxunlearn.evaluation.predictions import Predictions, Sets
 from jaxunlearn.evaluation.probing import probe_accuracy
@@ -61,6 +61,10 @@ class Companions:
                 "members": histogram(confidences["members"]),
                 "members_augmented": histogram(confidences["augmented"]),
                 "non_members": histogram(confidences["others"]),
+            },
+            "roc": {
+                "members": roc(confidences["members"], confidences["others"]),
+                "members_augmented": roc(confidences["augmented"], confidences["others"]),
             },
             "mask_divergence": None if mask is None else distances.jensen_shannon(members, mask),
         }

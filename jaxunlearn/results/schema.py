@@ -12,8 +12,8 @@ from typing import Any
 from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.errors import printable
 
-VERSION = 2
-LATER = {"validation": False}  # of the protocol, what came after the first records of this version: as it was there
+VERSION = 3
+LATER = {"validation": False}  # of the protocol, what came after the first records of version 2: as it was there
 
 LONGEST = 60  # characters of a value in a message
 TYPES = {
@@ -63,12 +63,13 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: the record is of a newer version.
     """
     if "schema" in record:
-        version = record["schema"]
+        version, new = record["schema"], dict(record)
         if isinstance(version, int) and version > VERSION:
             raise ValueError("written by a newer version of jaxunlearn: update it")
-        protocol = record.get("protocol")
-        return {**record, "protocol": LATER | protocol} if isinstance(protocol, dict) else dict(record)
-    given = {"unlearn_seed": 0, "curves": {}, "dataset": {}, "attempts": {}} | dict(record)
+        if isinstance(protocol := new.get("protocol"), dict):
+            new["protocol"] = LATER | protocol
+        return _from_version_2(new) if version == 2 else new
+    given = {"unlearn_seed": 0, "curves": {}, "scored": "last", "dataset": {}, "attempts": {}} | dict(record)
     flags = {"collapsed": given.pop("collapsed", None)}
     known = load_schema()["properties"]
     new = dict.fromkeys(known) | given | {"schema": VERSION, "flags": flags}
@@ -85,6 +86,26 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
                 metrics["forget_mia_auc_augmented"] = metrics["forget_mia_auc"]
                 metrics["forget_mia_auc"] = None
     return new
+
+
+def _from_version_2(record: dict[str, Any]) -> dict[str, Any]:
+    schema = load_schema()
+    known, beside = schema["properties"], schema["$defs"]["companions"]["properties"]
+
+    def whole(metrics: dict[str, Any]) -> dict[str, Any]:
+        found = metrics.get("companions")
+        return metrics | {"companions": _ordered({"roc": None} | found, beside)} if isinstance(found, dict) else metrics
+
+    new = whole(record) | {"schema": VERSION, "scored": "last"}
+    if isinstance(before := new.get("before"), dict):
+        new["before"] = whole(before)
+    if isinstance(curves := new.get("curves"), dict):
+        new["curves"] = {**curves, "evaluated": None}
+    return _ordered(new, known)
+
+
+def _ordered(value: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    return {name: value[name] for name in known if name in value} | value
 
 
 def _filled(value: Any, schema: Mapping[str, Any]) -> Any:

@@ -70,7 +70,12 @@ def make_record(
         "unlearn_seed": draw,
         **result,
         "before": dict(before),
-        "curves": {"pretrain": pretrained.curves[i] or None, "unlearn": unlearned.curves[index] or None},
+        "curves": {
+            "pretrain": pretrained.curves[i] or None,
+            "unlearn": unlearned.curves[index] or None,
+            "evaluated": None,
+        },
+        "scored": "last",
         "flags": dict.fromkeys(marks) | {"collapsed": False} if untrained_in else marks,
         "unlearn_steps": 0 if untrained_in else steps,
         "protocol": dataclasses.asdict(request.protocol),
