@@ -126,6 +126,15 @@ def test_rules_of_others_that_share_a_name_are_rows_of_their_own():
     assert made.results(board).rows[1]["method"] == "mine"
 
 
+def test_seeds_of_several_versions_of_a_rule_are_said_to_be():
+    mixed = [record("scrub", seed, rule_digest=digest * 64) for seed, digest in enumerate("ab")]
+    alike = [record("ssd", seed, rule_digest="c" * 64) for seed in range(2)]
+    apart = [record("munba", 0, rule_digest=d * 64, hyperparameters={"max_norm": d}) for d in "de"]
+    (board,) = made.boards([*mixed, *alike, *apart, record("scrub", 2, rule_digest=None)])
+    (note,) = [note for note in made.results(board).notes if "version" in note]
+    assert note == "Seeds of scrub are of more than one version of its code." and note in made.short(board).notes
+
+
 def test_given_weights_are_said_to_be_one_original():
     given = {"init_weights": "0" * 64}
     (board,) = made.boards([record(seed=seed, protocol=given) for seed in range(3)])

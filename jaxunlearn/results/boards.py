@@ -240,6 +240,11 @@ def _cells(row: Row) -> dict[str, Cell]:
 
 
 def _notes(board: Board, rows: Sequence[Row]) -> list[str]:
-    if not any(row.half_width for row in rows):
-        return []
-    return [f"{INTERVAL} {ONE_ORIGINAL}" if board.given else INTERVAL]
+    notes = [f"{INTERVAL} {ONE_ORIGINAL}" if board.given else INTERVAL] if any(row.half_width for row in rows) else []
+    versions: dict[str, set[str]] = {}
+    for record in board.records:
+        if ships(record["method"]) and record["rule_digest"]:
+            run = json.dumps([record["method"], record["hyperparameters"]], sort_keys=True)
+            versions.setdefault(run, set()).add(record["rule_digest"])
+    mixed = dict.fromkeys(json.loads(run)[0] for run, digests in versions.items() if len(digests) > 1)
+    return notes + [f"Seeds of {method} are of more than one version of its code." for method in mixed]
