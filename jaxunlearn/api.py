@@ -58,6 +58,7 @@ def run(
     unlearn_seeds: int = 1,
     against_retrain: bool | None = None,
     evaluate: str = EVALUATIONS[0],
+    eval_every: int | None = None,
     keep_predictions: bool = False,
     force: bool = False,
     quiet: bool = False,
@@ -89,6 +90,8 @@ def run(
       against_retrain: train `retrain` too, or take it from the cache, and measure how far each method is from it; None:
         where that takes seconds.
       evaluate: "basic", or "full": also a linear probe, relearning and a support vector attack.
+      eval_every: evaluate after every so many epochs of unlearning too, for `curves.evaluated` in the records; what
+        is scored is the last model all the same. None: not on the way.
       keep_predictions: write what each model says of each image beside its record.
       force: overwrite records of other settings and better ones.
       quiet: no progress on a terminal.
@@ -105,6 +108,7 @@ def run(
     from jaxunlearn.runs.running import results
 
     numbers = {"save_every": save_every, "devices": devices or 1, "attempts": attempts, "unlearn_seeds": unlearn_seeds}
+    numbers |= {"eval_every": 1 if eval_every is None else eval_every}
     for name, value in numbers.items():
         if not isinstance(value, int | float if name == "save_every" else int):
             raise UserError(f"{name} {value!r}: it must be a number")
@@ -132,6 +136,7 @@ def run(
             attempts=attempts,
             unlearn_seeds=unlearn_seeds,
             evaluate=evaluate,
+            eval_every=eval_every,
             keep_predictions=keep_predictions,
             force=force,
         )

@@ -58,9 +58,11 @@ def collect(request: Request, together: int, reporter: Reporter) -> Iterator[str
 
     to_do = [seed for seed in request.seeds if missing(seed)]
     for path in (request.record_path(method, seed) for seed in to_do for method in missing(seed)):
-        if not request.force and _in_full(path):  # before anything is trained: a run would keep it
-            remedy = "run bench with --evaluate full --keep-predictions, or pass --force to replace it"
-            raise UserError(f"{path} was evaluated in full, and what its model says was not kept: {remedy}")
+        if not request.force and _knows_more(path):  # before anything is trained: a run would keep it
+            remedy = "run bench with the same and --keep-predictions, or pass --force to replace it"
+            raise UserError(
+                f"{path} was evaluated in full or with --eval-every, and what its model says was not kept: {remedy}"
+            )
     for first in range(0, len(to_do), together):
         seeds = to_do[first : first + together]
         # Always with `retrain`, which the others are compared with: a record without that replaces none with it.
@@ -103,13 +105,14 @@ def find(request: Request, method: Method, seed: int) -> dict[str, Any] | None:
     return record
 
 
-def _in_full(path: Path) -> bool:
-    """Whether there is a record of a model that was evaluated in full."""
+def _knows_more(path: Path) -> bool:
+    """Whether there is a record of a model that says more than those of an audit do."""
     try:
-        companions = records.read(path)["companions"]
+        record = records.read(path)
     except UserError:
         return False
-    return companions is not None and companions["full"] is not None
+    in_full = record["companions"] is not None and record["companions"]["full"] is not None
+    return in_full or record["curves"]["evaluated"] is not None
 
 
 def load(request: Request, method: Method) -> tuple[list[Record], Models]:

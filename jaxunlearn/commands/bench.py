@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=EVALUATIONS[0],
         help="full: also a linear probe, relearning and a support vector attack (default: %(default)s)",
     )
+    add(
+        "--eval-every",
+        type=int,
+        metavar="K",
+        help="evaluate after every K epochs of unlearning too, for the curve in the records; scored is the last model",
+    )
     add_protocol(parser, SWITCHES).add_argument(
         "--init-weights",
         type=Path,
@@ -102,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
             init_weights=args.init_weights,
             export_weights=args.export_weights,
             evaluate=args.evaluate,
+            eval_every=args.eval_every,
             keep_predictions=args.keep_predictions,
             force=args.force,
         )

@@ -98,6 +98,8 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         )
     if request.evaluate not in EVALUATIONS:
         raise UserError(f"--evaluate {request.evaluate}: choose from {', '.join(EVALUATIONS)}")
+    if request.eval_every is not None and request.eval_every < 1:
+        raise UserError(f"--eval-every {request.eval_every}: it must be at least 1")
     if request.attempts < 1:
         raise UserError(f"--attempts {request.attempts}: it must be at least 1")
     num_classes = DATASETS[protocol.dataset].num_classes

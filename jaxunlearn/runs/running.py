@@ -30,7 +30,7 @@ from jaxunlearn.training.checkpoints import Entry, discard, locked, pretrain_ent
 from jaxunlearn.training.judging import judge_of
 from jaxunlearn.training.pretrained import Models, repeated
 from jaxunlearn.training.pretraining import Pretraining
-from jaxunlearn.training.resuming import Redraw, Start, train
+from jaxunlearn.training.resuming import Redraw, Start, Watch, train
 
 
 def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
@@ -64,7 +64,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
                     steps = len(run.batches(len(run.split.retain), "retain")) * request.protocol.pretrain_epochs
                 else:
                     ahead.ready(group.title)
-                    asked = scorer.ask(_unlearn(run, group, own, pretrained))
+                    asked = scorer.ask(_unlearn(run, group, own, pretrained, scorer))
                     steps = run.unlearnings.pop(group.title).steps  # what it has compiled goes with it
                 if not before:
                     before = [scorer.worth(originals, i) for i in range(len(request.seeds))]
@@ -178,7 +178,7 @@ def _train_or_load(run: Prepared, without: int | None) -> Models:
         return _to_the_end(run, start, entries, "pretrain" if without is None else RETRAIN, redraw=redraw)
 
 
-def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: Models) -> Models:
+def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: Models, scorer: Scorer) -> Models:
     """Every seed's model unlearned by each method of a group: all seeds of its first draw, of its second, ..., then the
     next method's."""
     count, total = len(run.keys), run.count(group)
@@ -199,7 +199,8 @@ def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: 
         numbers = {name: [own[name] for own in variants] for name in group.numbers}
         return Start(unlearning, partial(unlearning.start, params, batch_stats, numbers=numbers))
 
-    return _to_the_end(run, start, entries, group.title, run.request.draws(group.method))
+    watch = Watch(run.request.eval_every, scorer.on_the_way) if run.request.eval_every else None
+    return _to_the_end(run, start, entries, group.title, run.request.draws(group.method), watch=watch)
 
 
 def _unlearn_entries(run: Prepared, group: Group, pretrained: Models) -> list[Entry]:
@@ -220,8 +221,9 @@ def _to_the_end(
     title: str,
     draws: int = 1,
     redraw: Redraw | None = None,
+    watch: Watch | None = None,
 ) -> Models:
     request, count = run.request, len(run.request.seeds)
     seeds = [(request.seeds[i % count], i // count % draws) for i in range(len(entries))]
-    trained = train(start, entries, seeds, run.mesh, run.reporter, title, request.save_every, redraw)
+    trained = train(start, entries, seeds, run.mesh, run.reporter, title, request.save_every, redraw, watch)
     return Models(trained.state.params, trained.state.batch_stats, *trained[1:])
