@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,8 @@ def collect(request: Request, together: int, reporter: Reporter) -> Iterator[str
         wanted = {RETRAIN, *(method.name for seed in seeds for method in missing(seed))}
         chosen = [method for method in request.methods if method.name in wanted]
         run = dataclasses.replace(request, seeds=seeds, methods=chosen, keep_predictions=True)
-        yield from (kept for _, kept in results(prepare(run, reporter)) if kept)
+        rest = reporter.repeated(math.ceil((len(to_do) - first) / together))
+        yield from (kept for _, kept in results(prepare(run, rest)) if kept)
         gc.collect()  # programs hold each other: a gigabyte and more a group that Python would get round to late
         for seed in seeds:
             for method in missing(seed):

@@ -16,7 +16,7 @@ from jaxunlearn.devices.configuration import unused_gpu
 from jaxunlearn.devices.processes import all_or_none, check_agreement, leads
 from jaxunlearn.devices.sharding import make_mesh, place_shared
 from jaxunlearn.errors import UserError
-from jaxunlearn.evaluation.predictions import Evaluator
+from jaxunlearn.evaluation.predictions import BATCH_SIZE, Evaluator
 from jaxunlearn.evaluation.relearning import Relearning
 from jaxunlearn.files import LOCK_REMEDY, check_lockable, check_writable
 from jaxunlearn.methods.rule import Context
@@ -70,6 +70,14 @@ class Prepared:
     def count(self, group: Group) -> int:
         """How many models a group makes."""
         return len(self.keys) * self.request.draws(group.method) * len(group.methods)
+
+    def work(self, group: Group) -> float:
+        """On how many images a group's models are trained; those that they are only asked about count a third."""
+        if group.method.name == RETRAIN:
+            epochs, images = self.request.protocol.pretrain_epochs, sum(self.batches(len(self.split.retain), "retain"))
+        else:
+            epochs, images = (own := self.unlearnings[group.title]).epochs, own.images_per_epoch
+        return self.count(group) * (epochs * images + self.evaluator.steps * BATCH_SIZE / 3)
 
     def batches(self, count: int, kind: str) -> list[int]:
         """The sizes of the batches of an epoch of (re)training on so many images of this `kind`."""

@@ -19,6 +19,7 @@ from jaxunlearn.evaluation.predictions import packed
 from jaxunlearn.files import write_atomically
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
+from jaxunlearn.progress import Reporter
 from jaxunlearn.registry import PRETRAINED, RETRAIN, Method
 from jaxunlearn.results import records
 from jaxunlearn.runs.compiling import EVALUATE, RELEARN, compiled_ahead
@@ -32,6 +33,8 @@ from jaxunlearn.training.pretrained import Models, repeated
 from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.resuming import Redraw, Start, Watch, train
 
+SHORTER = "; for a shorter try: --pretrain-epochs 1 --unlearn-epochs 1 --train-limit 5000"
+
 
 def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Runs every method; yields each record once it is written, and a warning where something was not."""
@@ -41,7 +44,8 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         stack.enter_context(computing(request.protocol.precision))
         stack.enter_context(jax.set_mesh(run.mesh))
         ahead = stack.enter_context(compiled_ahead(run))
-        pretrained = run.given or _train_or_load(run, without=None)
+        work = [run.work(group) for group in run.groups]
+        pretrained = run.given or _train_or_load(run, None, run.reporter.before(sum(work), SHORTER))
         ahead.ready(EVALUATE)
         ahead.ready(RELEARN)
         scorer = Scorer(run)
@@ -55,16 +59,17 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         if not request.once:  # all at once: two processes must not wait for each other
             stack.enter_context(locked(_of_first_draws(unfinished)))
         before: list[dict[str, Any]] = []
-        for group in run.groups:
+        for number, group in enumerate(run.groups):
             run.timing.clear()
+            reporter = run.reporter.before(sum(work[number + 1 :]))
             own = entries.get(group.title, [])
             with locked(_of_first_draws(own) if request.once else []):
                 if group.method.name == RETRAIN:  # the first of them
-                    asked = scorer.compare_with(_train_or_load(run, without=request.protocol.forget_class))
+                    asked = scorer.compare_with(_train_or_load(run, request.protocol.forget_class, reporter))
                     steps = len(run.batches(len(run.split.retain), "retain")) * request.protocol.pretrain_epochs
                 else:
                     ahead.ready(group.title)
-                    asked = scorer.ask(_unlearn(run, group, own, pretrained, scorer))
+                    asked = scorer.ask(_unlearn(run, group, own, pretrained, scorer, reporter))
                     steps = run.unlearnings.pop(group.title).steps  # what it has compiled goes with it
                 if not before:
                     before = [scorer.worth(originals, i) for i in range(len(request.seeds))]
@@ -157,7 +162,7 @@ def _written(name: str) -> Iterator[None]:
         raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
 
 
-def _train_or_load(run: Prepared, without: int | None) -> Models:
+def _train_or_load(run: Prepared, without: int | None, reporter: Reporter) -> Models:
     request = run.request
     indices = np.arange(len(run.train.labels)) if without is None else run.split.retain
     labels = fetch(run.train.labels)[indices]
@@ -175,10 +180,12 @@ def _train_or_load(run: Prepared, without: int | None) -> Models:
     entries = [entry(i, 0) for i in range(len(request.seeds))]
     redraw = Redraw(judge, request.attempts, entry) if judge else None
     with locked(entries):  # those of further attempts are nobody's who has not locked the first
-        return _to_the_end(run, start, entries, "pretrain" if without is None else RETRAIN, redraw=redraw)
+        return _to_the_end(run, start, entries, reporter, "pretrain" if without is None else RETRAIN, redraw=redraw)
 
 
-def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: Models, scorer: Scorer) -> Models:
+def _unlearn(
+    run: Prepared, group: Group, entries: Sequence[Entry], pretrained: Models, scorer: Scorer, reporter: Reporter
+) -> Models:
     """Every seed's model unlearned by each method of a group: all seeds of its first draw, of its second, ..., then the
     next method's."""
     count, total = len(run.keys), run.count(group)
@@ -200,7 +207,7 @@ def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: 
         return Start(unlearning, partial(unlearning.start, params, batch_stats, numbers=numbers))
 
     watch = Watch(run.request.eval_every, scorer.on_the_way) if run.request.eval_every else None
-    return _to_the_end(run, start, entries, group.title, run.request.draws(group.method), watch=watch)
+    return _to_the_end(run, start, entries, reporter, group.title, run.request.draws(group.method), watch=watch)
 
 
 def _unlearn_entries(run: Prepared, group: Group, pretrained: Models) -> list[Entry]:
@@ -218,6 +225,7 @@ def _to_the_end(
     run: Prepared,
     start: Callable[[list[int]], Start],
     entries: Sequence[Entry],
+    reporter: Reporter,
     title: str,
     draws: int = 1,
     redraw: Redraw | None = None,
@@ -225,5 +233,5 @@ def _to_the_end(
 ) -> Models:
     request, count = run.request, len(run.request.seeds)
     seeds = [(request.seeds[i % count], i // count % draws) for i in range(len(entries))]
-    trained = train(start, entries, seeds, run.mesh, run.reporter, title, request.save_every, redraw, watch)
+    trained = train(start, entries, seeds, run.mesh, reporter, title, request.save_every, redraw, watch)
     return Models(trained.state.params, trained.state.batch_stats, *trained[1:])
