@@ -60,6 +60,7 @@ def run(
     evaluate: str = EVALUATIONS[0],
     eval_every: int | None = None,
     keep_predictions: bool = False,
+    tensorboard: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
     **protocol: Any,
@@ -93,6 +94,7 @@ def run(
       eval_every: evaluate after every so many epochs of unlearning too, for `curves.evaluated` in the records; what
         is scored is the last model all the same. None: not on the way.
       keep_predictions: write what each model says of each image beside its record.
+      tensorboard: where event files go, with curves as they come and the metrics; needs tensorboardX. None: nowhere.
       force: overwrite records of other settings and better ones.
       quiet: no progress on a terminal.
       protocol: any field of `jaxunlearn.benchmarks.Protocol`, such as pretrain_epochs=1 or unlearn_lr=1e-4.
@@ -138,6 +140,7 @@ def run(
             evaluate=evaluate,
             eval_every=eval_every,
             keep_predictions=keep_predictions,
+            tensorboard=_path("tensorboard", tensorboard),
             force=force,
         )
         prepared = prepare(request, Reporter(quiet))

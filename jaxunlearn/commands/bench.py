@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write what each model says of each image, log-probabilities in float16, beside its record as .npz",
     )
+    where.add_argument("--tensorboard", type=Path, metavar="DIR", help="write event files (needs tensorboardX)")
     add_processes(parser)
     add_output(parser, "overwrite records")
 
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
             evaluate=args.evaluate,
             eval_every=args.eval_every,
             keep_predictions=args.keep_predictions,
+            tensorboard=args.tensorboard,
             force=args.force,
         )
         _print_results(prepare(request, Reporter(args.quiet)), args.json)

@@ -27,6 +27,7 @@ from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import RETRAIN, build_rule, names
 from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
+from jaxunlearn.runs.event_files import EventFiles, check_tensorboard
 from jaxunlearn.runs.groups import Group, alike, differing, first_of_each, grouped, titled
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.checking import check_rule
@@ -52,6 +53,7 @@ class Prepared:
     verified: bool  # whether that is the official one's
     evaluator: Evaluator
     relearning: Relearning | None  # where the models are evaluated in full
+    events: EventFiles | None  # where they are asked for, in the process that writes
     groups: list[Group] = dataclasses.field(default_factory=list)
     unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by title, until it is done
 
@@ -158,6 +160,7 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             dataset.verified,
             evaluator,
             relearning,
+            EventFiles(request.tensorboard) if request.tensorboard and leads() else None,
         )
         for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
             prepared.batches(count, kind)  # raises where they make no batch
@@ -195,7 +198,9 @@ def _groups(run: Prepared) -> list[Group]:
 
 def _check_outputs(request: Request) -> None:
     """Raises UserError where the results of a run could not be written."""
-    for folder in filter(None, (request.out, request.cache_dir, request.export_weights)):
+    if request.tensorboard:
+        check_tensorboard()
+    for folder in filter(None, (request.out, request.cache_dir, request.export_weights, request.tensorboard)):
         check_writable(folder)
     check_lockable(request.cache_dir, LOCK_REMEDY)
     protocol = dataclasses.asdict(request.protocol)

@@ -61,6 +61,7 @@ class Request:
     evaluate: str = EVALUATIONS[0]
     eval_every: int | None = None  # epochs of unlearning between two evaluations on the way; None: there are none
     keep_predictions: bool = False
+    tensorboard: Path | None = None  # where event files go
     force: bool = False
     together: int | None = None  # at most so many variants of a rule at once; None: on a CPU one, else all
     once: bool = False  # whoever asks will not ask again for what is done: nothing of it is kept to go on from

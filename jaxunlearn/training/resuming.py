@@ -61,7 +61,11 @@ class Watch(NamedTuple):
     """What looks at models on the way: after `every` epochs, but not after the last. It changes nothing."""
 
     every: int
-    worth: Callable[[Sequence[int], Any], list[dict[str, float | None]]]  # of those of the seeds, in this state
+    worth: Callable[[Sequence[int], int, Any], list[dict[str, float | None]]]  # of these seeds, after an epoch, state
+
+
+# Told (which of the seeds, its attempt from 0, after how many epochs, each metric's mean over the last one's steps).
+Told = Callable[[int, int, int, dict[str, float | None]], None]
 
 
 class Trained(NamedTuple):
@@ -87,6 +91,7 @@ def train(
     save_every: float,
     redraw: Redraw | None = None,
     watch: Watch | None = None,
+    told: Told = lambda *_: None,
 ) -> Trained:
     """Brings the entry of every seed, `locked` by the caller, to its last epoch. The states are placed on `mesh`.
 
@@ -118,7 +123,13 @@ def train(
             own_seeds, draws = zip(*(seeds[i] for i in group), strict=True)
             keys = seed_keys(own_seeds, [attempts[i] for i in group], draws)
             given = training, state, first_state, keys, keeper
-            results = _advance(*given, reporter, title, until, judge, watch, group)
+
+            def tell(epoch: int) -> None:
+                for i, sums in zip(group, keeper.sums, strict=True):
+                    own = {name: values[epoch - 1] for name, values in sums.items()}
+                    told(i, attempts[i], epoch, {name: x and x / training.steps_per_epoch for name, x in own.items()})
+
+            results = _advance(*given, reporter, title, until, judge, watch, tell, group)
         for i, result in zip(group, results, strict=True):
             saved[i] = result
 
@@ -187,6 +198,7 @@ def _advance(
     until: int,
     judge: Judge | None,
     watch: Watch | None,
+    tell: Callable[[int], None],
     group: Sequence[int],
 ) -> list[Saved]:
     """A group's states after epoch `until`, or after the judge's where one has learned nothing."""
@@ -204,8 +216,9 @@ def _advance(
             keeper.enter(Position(epoch, 0))
             if epoch > 0:
                 keeper.note_weights(state, epoch * steps - 1)
+                tell(epoch)
             if watch and 0 < epoch < training.epochs and epoch % watch.every == 0:
-                keeper.note_worth(epoch, watch.worth(group, state))
+                keeper.note_worth(epoch, watch.worth(group, epoch, state))
             if judge and epoch == judge.epoch and any(map(judge.shows, keeper.sums)):
                 break
             if keeper.due():
