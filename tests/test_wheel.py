@@ -81,8 +81,8 @@ def test_the_command_runs_a_benchmark(run):
     assert {"bench", "speed", "parity"} <= set(run("jaxunlearn", "--help").stdout.split())
 
 
-def test_the_readmes_lines_run_from_python(run):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_documentations_lines_run_from_python(run):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "python.md").read_text(), re.DOTALL)
     (lines,) = (block for block in blocks if "jaxunlearn.run(" in block)
     few = "train_limit=80, batch_size=8, pretrain_epochs=1, unlearn_epochs=1, against_retrain=False"
     smaller = lines.replace("seeds=range(4)", f"seeds=range(2), {few}")

@@ -21,15 +21,20 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status of `jaxunlearn ARGUMENTS`."""
+def make_parser() -> Parser:
+    """Of `jaxunlearn`, with every subcommand."""
     parser = Parser(prog="jaxunlearn", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():
         summary = str(command.__doc__).splitlines()[0].rstrip(".")
         take_command(commands.add_parser(name, help=summary[0].lower() + summary[1:]), command)
-    return exit_status(parser, arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status of `jaxunlearn ARGUMENTS`."""
+    return exit_status(make_parser(), arguments)
 
 
 def script(name: str, arguments: Sequence[str] | None = None) -> int:
