@@ -8,6 +8,7 @@ os.environ["XDG_CACHE_HOME"] = "~/.cache"
 project = "jaxunlearn"
 html_title = "jaxunlearn"
 html_theme = "furo"
+html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxarg.ext"]
 
 myst_heading_anchors = 3  # as code hosts make them
