@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PAGES = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))]
-SHELL = ("console", "bash", "sh")  # of the first, lines that begin "$ "; the last are for machines that are not here
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ELSEWHERE = "sh"  # the language of scripts for machines that are not here
+SHELL = ("console", "bash", ELSEWHERE)
 
 
 class Block(NamedTuple):
@@ -30,24 +31,26 @@ def blocks(text: str) -> list[Block]:
     return [Block(fence[3], text.count("\n", 0, fence.start()) + 2, fence[4]) for fence in fences]
 
 
-def command_lines(block: Block) -> list[str]:
-    """The lines of a shell block that are commands, what a backslash divides put together."""
-    lines = re.sub(r" *\\\n(> )? *", " ", block.text).splitlines()
-    if block.language == "console":
-        return [line[2:] for line in lines if line.startswith("$ ")]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def commands(block: Block) -> list[list[str]]:
-    """The commands of a shell block as words."""
-    found: list[list[str]] = []
-    for line in command_lines(block):
-        found.append([])
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        for word in lexer:
-            if word in ("&&", ";", "&", "||"):
-                found.append([])
-            else:
-                found[-1].append(word)
-    return [words for words in found if words]
+    """The commands of a block as words: in `console`, what comes after "$ "."""
+    if block.language not in SHELL:
+        return []
+    lines = re.sub(r" *\\\n *", " ", block.text).splitlines()
+    if block.language == "console":
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    return [words for line in lines for words in _of_line(line) if words]
+
+
+def _of_line(line: str) -> list[list[str]]:
+    """The commands of a line as words, `{a,b}` expanded."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    found: list[list[str]] = [[]]
+    for word in lexer:
+        if word in ("&&", "||", ";", "&"):
+            found.append([])
+        elif braces := re.fullmatch(r"(.*)\{(.+,.+)\}(.*)", word):
+            found[-1] += [braces[1] + part + braces[3] for part in braces[2].split(",")]
+        else:
+            found[-1].append(word)
+    return found

@@ -2,62 +2,51 @@
 
 import dataclasses
 import functools
-import glob
-import importlib.util
-import inspect
-import re
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from documented import PAGES, ROOT, SHELL, Block, blocks, command_lines, commands
+from documented import ELSEWHERE, PAGES, ROOT, SHELL, Block, blocks, commands
 from tiny import TINY
 
 import jaxunlearn
-from jaxunlearn import benchmarks
-from jaxunlearn.benchmarks import BENCHMARKS
-from jaxunlearn.commands.main import COMMANDS, main, make_parser, script
+from jaxunlearn.benchmarks import BENCHMARKS, get_benchmark
+from jaxunlearn.commands.main import main, make_parser
 from jaxunlearn.data.sources import DATASETS
-from jaxunlearn.models import MODELS, build
-from jaxunlearn.models.network import make_network
-from jaxunlearn.models.torch_weights import to_state_dict
-from jaxunlearn.randomness import seed_keys
-from jaxunlearn.registry import get_method
-from jaxunlearn.runs.request import parse_seeds
+from jaxunlearn.errors import UserError
+from jaxunlearn.models import MODELS
+from jaxunlearn.registry import members_of
+from jaxunlearn.runs import request
+from jaxunlearn.runs.command_line import seeds_as_typed
+from jaxunlearn.runs.request import get_methods, parse_seeds, parse_settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.cpu, pytest.mark.usefixtures("tiny_models", "compile_once")]
-
-# What is not run: what a command has in it, and why.
+# Commands that are not run: what they have in them, and why.
 NOT_RUN = {
     "-m venv": "CI does, by the README's own lines",
-    "pip install": "CI installs by the README's own lines",
+    "pip install": "the same",
+    "bin/activate": "there is no such environment",
     "-m pytest": "these are the tests",
-}
-# Commands that are only read, by the real parser: their benchmarks and methods are there.
-ONLY_READ = {
-    "speed": "times programs for minutes; test_speed.py",
-    "parity": "needs PyTorch; test_parity.py",
-    "gpu-check": "needs a GPU; test_gpu_check.py",
+    "ruff": "CI does",
+    "mypy": "CI does",
+    "sphinx-build": "CI does",
+    "--init-weights resnet20_cifar10_seed42.npz": "nobody has the file here; weights.md runs with its own",
+    "--init-weights vgg16bn_cifar100_seed42.npz": "the same",
+    "--init-weights mobilenetv2_fmnist_seed42.npz": "the same",
+    "jaxunlearn speed": "times programs for minutes; test_speed.py",
+    "jaxunlearn parity": "needs PyTorch; test_parity.py",
+    "jaxunlearn gpu-check": "needs a GPU; test_gpu_check.py",
 }
 # What is said behind a command's own words, and so in place of them.
 SMALLER = {
     "bench": ["--devices", "1"],
     "tune": ["--devices", "1", "--trials", "2"],
-    "audit": ["--devices", "1", "--models", "4", "--together", "4"],
+    "audit": ["--devices", "1", "--models", "4"],
 }
-# Files of weights that a reader is to have.
-WEIGHTS = [
-    "resnet20.th",
-    "resnet20_cifar10_seed42.npz",
-    "vgg16bn_cifar100_seed42.npz",
-    "mobilenetv2_fmnist_seed42.npz",
-]
+SEEDS = 4  # at most: as many as the smallest audit has models
+GROUP = ("retain_finetune",)  # stands for every group of methods
 # Blocks of these languages are no commands and no code.
-SHOWN = ("", "text", "json", "{toctree}", "{argparse}", "{eval-rst}")
+SHOWN = ("", "text", "{toctree}", "{argparse}", "{eval-rst}")
 
 # One program for all benchmarks: their models are the tiny one and their images some of the digits.
 DIGITS = BENCHMARKS["resnet20-digits-class0"]
@@ -69,26 +58,26 @@ def page_name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def all_blocks() -> list[tuple[str, Block]]:
-    return [(page_name(path), block) for path in PAGES for block in blocks(path.read_text())]
+def all_of(path: Path) -> list[Block]:
+    return blocks(path.read_text())
+
+
+def everywhere() -> list[tuple[str, Block]]:
+    return [(f"{page_name(path)}:{block.line}", block) for path in PAGES for block in all_of(path)]
 
 
 def smaller(words: list[str]) -> list[str]:
     """The arguments of `jaxunlearn`, smaller: what comes last is what counts."""
     more = list(SMALLER.get(words[0], []))
     if "--seeds" in words:
-        seeds = parse_seeds(words[words.index("--seeds") + 1])[:2]
-        more += ["--seeds", ",".join(map(str, seeds))]
+        more += ["--seeds", seeds_as_typed(parse_seeds(words[words.index("--seeds") + 1])[:SEEDS])]
     return words + more
 
 
 @functools.wraps(jaxunlearn.run)
-def smaller_run(*arguments, **options):
-    given = inspect.signature(jaxunlearn.api.run).bind(*arguments, **options).arguments
-    seeds = given.get("seeds", 42)
-    given["seeds"] = seeds if isinstance(seeds, int) else list(seeds)[:2]
-    protocol = given.pop("protocol", {})
-    return jaxunlearn.api.run(**given | protocol | {"devices": 1})
+def smaller_run(bench, methods=None, seeds=42, **options):
+    some = seeds if isinstance(seeds, int) else list(seeds)[:SEEDS]
+    return jaxunlearn.api.run(bench, methods, some, **options | {"devices": 1})
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +88,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, cache, monkeypatch):
-    """Where a page's blocks run: what of a checkout they may read or change, and small models and benchmarks."""
-    for name in ("README.md", "docs"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    (tmp_path / "results").symlink_to(ROOT / "results")
+    """An empty folder in which a page's blocks run, with small benchmarks of tiny models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -114,6 +100,7 @@ def folder(tmp_path, cache, monkeypatch):
     for name, protocol in BENCHMARKS.items():
         BENCHMARKS[name] = dataclasses.replace(protocol, **SMALL)
     monkeypatch.setattr(jaxunlearn, "run", smaller_run)
+    monkeypatch.setattr(request, "members_of", lambda name: GROUP if members_of(name) else ())
     yield tmp_path
     for table, content in before:
         table.clear()
@@ -121,69 +108,93 @@ def folder(tmp_path, cache, monkeypatch):
 
 
 def run_command(words: list[str]) -> None:
-    """Runs a command of a page as its words say, in this process."""
-    words = [found for word in words for found in (sorted(glob.glob(word)) or [word])]
-    program, *arguments = [Path(words[0]).name, *words[1:]]
-    name = Path(arguments[0]).stem if program in ("python", "python3") else ""
-    if name and arguments[0] == f"scripts/{name}.py":
-        assert (ROOT / arguments[0]).exists()
-        program, arguments = "jaxunlearn", [name.replace("_", "-"), *arguments[1:]]
-    if name and program != "jaxunlearn":
-        own = smaller(arguments[1:]) if arguments[1:] else []
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(sys, "argv", [arguments[0], *own])
-            runpy.run_path(arguments[0], run_name="__main__")
-            raise SystemExit(0)
-        assert not ended.value.code
-        return
-    assert program == "jaxunlearn", f"nobody knows how to run {program}"
-    read = make_parser().parse_args(arguments)
-    if arguments[0] in ONLY_READ:
-        read_only(read)
-        return
-    for file in WEIGHTS:
-        if getattr(read, "init_weights", None) == Path(file):
-            write_weights(Path(file))
+    """Does what a command of a page does, in this process."""
+    program, *arguments = words
+    if Path(program).name in ("python", "python3"):
+        file, *arguments = arguments
+        if not file.startswith("scripts/"):
+            run_file(file, smaller(arguments) if arguments else [])
+            return
+        assert (ROOT / file).exists()
+        arguments = [Path(file).stem.replace("_", "-"), *arguments]
+    else:
+        assert Path(program).name == "jaxunlearn", f"nobody knows how to run {program}"
     assert main(smaller(arguments)) == 0
 
 
-def read_only(args) -> None:
-    """Raises UserError where a command that is not run names a benchmark or a method that is not there."""
-    if getattr(args, "bench", None):
-        benchmarks.get_benchmark(args.bench)
+def run_file(file: str, arguments: list[str]) -> None:
+    """`python FILE ARGUMENTS`"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [file, *arguments])
+        try:
+            runpy.run_path(file, run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code
+
+
+def check(words: list[str]) -> None:
+    """Fails where a command that is not run has words that are wrong: flags, benchmarks, methods, files of tests."""
+    for file in (word for word in words if word.startswith("tests/")):
+        assert (ROOT / file).exists(), file
+    if "jaxunlearn" not in words:
+        return
+    args = make_parser().parse_args(words[words.index("jaxunlearn") + 1 :])
+    get_benchmark(getattr(args, "bench", None) or "resnet20-digits-class0")
     methods = getattr(args, "method", None) or []
-    for method in [methods] if isinstance(methods, str) else methods:
-        get_method(method)
+    get_methods([methods] if isinstance(methods, str) else methods or None, parse_settings(getattr(args, "set", [])))
 
 
-def write_weights(path: Path) -> None:
-    """A state_dict of the tiny model, as an .npz."""
-    params, batch_stats = make_network(BENCHMARKS["resnet20-digits-class0"], 10).initialise(seed_keys([0])[0])
-    with path.open("wb") as file:
-        np.savez(file, **to_state_dict({"params": params, "batch_stats": batch_stats}))
-
-
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path.read_text())], ids=page_name)
+@pytest.mark.slow
+@pytest.mark.cpu
+@pytest.mark.usefixtures("tiny_models", "compile_once")
+@pytest.mark.parametrize("path", [path for path in PAGES if all_of(path)], ids=page_name)
 def test_a_page_runs_from_its_top_to_its_end(path, folder, capsys):
+    if any(word in path.read_text() for word in ("matplotlib", "--plot ")):
+        pytest.importorskip("matplotlib")
     namespace = {"__name__": "__main__"}
-    for block in blocks(path.read_text()):
-        where = f"{page_name(path)}:{block.line}"
+    for block in all_of(path):
         if block.file:
             (folder / block.file).write_text(block.text)
         elif block.language == "python":
-            exec(compile("\n" * (block.line - 1) + block.text, path, "exec"), namespace)
-        elif block.language in SHELL:
-            for words in commands(block):
-                if any(part in " ".join(words) for part in NOT_RUN):
-                    continue
+            lines_above = "\n" * (block.line - 1)
+            exec(compile(lines_above + block.text, path, "exec"), namespace)
+        for words in commands(block):
+            text = " ".join(words)
+            if block.language == ELSEWHERE or any(part in text for part in NOT_RUN):
+                check(words)
+            else:
                 run_command(words)
-                assert not capsys.readouterr().err, where
-        else:
-            assert block.language in SHOWN, f"{where}: {block.language} is no language of these pages"
+                assert not capsys.readouterr().err, text
+
+
+def test_commands_are_found_as_a_shell_would():
+    text = "A\n\n```console\n$ jaxunlearn bench \\\n    --set 'a.b=1 2' && ls {x,y}.py\nout $ put\n```\n"
+    text += "\n```python\n# a.py\n```\n"
+    shown, program = blocks(text)
+    assert (shown.line, shown.file, program.line, program.file) == (4, "", 10, "a.py")
+    assert commands(shown) == [["jaxunlearn", "bench", "--set", "a.b=1 2"], ["ls", "x.py", "y.py"]]
+    assert commands(shown._replace(language="bash"))[-1] == ["out", "$", "put"] and commands(program) == []
+
+
+def test_what_is_not_run_is_read():
+    for wrong in ("bench --bench resnet20", "speed --bench resnet20-digits-class0 --fast", "audit --method scrubb"):
+        with pytest.raises(UserError):
+            check(["srun", "jaxunlearn", *wrong.split()])
+    with pytest.raises(AssertionError):
+        check(["python", "-m", "pytest", "tests/test_absent.py"])
+
+
+def test_every_block_is_of_a_known_language():
+    known = (*SHELL, "python", *SHOWN)
+    assert [where for where, block in everywhere() if block.language not in known] == []
 
 
 def test_nothing_is_left_out_that_is_not_there():
-    lines = [" ".join(words) for _, block in all_blocks() if block.language in SHELL for words in commands(block)]
+    lines = [" ".join(words) for _, block in everywhere() for words in commands(block)]
     assert [part for part in NOT_RUN if not any(part in line for line in lines)] == []
-    assert [name for name in ONLY_READ if not any(f"jaxunlearn {name} " in line for line in lines)] == []
-    assert [file for file in WEIGHTS if not any(file in line for line in lines)] == []
+
+
+def test_a_file_of_a_page_is_used_on_it():
+    for path in PAGES:
+        used = [word for block in all_of(path) for words in commands(block) for word in words]
+        assert {block.file for block in all_of(path)} <= {"", *used}, page_name(path)
