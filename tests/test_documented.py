@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import runpy
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.models import MODELS
 from jaxunlearn.registry import members_of
 from jaxunlearn.runs import request
-from jaxunlearn.runs.command_line import seeds_as_typed
 from jaxunlearn.runs.request import get_methods, parse_seeds, parse_settings
 
 # Commands that are not run: what they have in them, and why.
@@ -38,13 +36,13 @@ NOT_RUN = {
     "jaxunlearn parity": "needs PyTorch; test_parity.py",
     "jaxunlearn gpu-check": "needs a GPU; test_gpu_check.py",
 }
-# What is said behind a command's own words, and so in place of them.
+# What is said behind a command's own words, and so in place of them. Of its seeds there is the first, so that a program
+# is compiled once for all pages.
 SMALLER = {
     "bench": ["--devices", "1"],
     "tune": ["--devices", "1", "--trials", "2", "--train-limit", "350"],  # of which 320 are trained on, as elsewhere
-    "audit": ["--devices", "1", "--models", "4"],
+    "audit": ["--devices", "1", "--models", "4", "--together", "1"],
 }
-SEEDS = 4  # of every run, as of the smallest audit: a program is compiled once for all pages
 GROUP = ("retain_finetune",)  # stands for every group of methods
 # Blocks of these languages are no commands and no code.
 SHOWN = ("", "text", "{toctree}", "{argparse}", "{eval-rst}")
@@ -67,25 +65,18 @@ def everywhere() -> list[tuple[str, Block]]:
     return [(f"{page_name(path)}:{block.line}", block) for path in PAGES for block in all_of(path)]
 
 
-def four(seeds: Iterable[int]) -> list[int]:
-    """As many as every run has: the first of the seeds, and others."""
-    given = list(seeds)
-    return [*given, *(seed for seed in range(SEEDS) if seed not in given)][:SEEDS]
-
-
 def smaller(words: list[str]) -> list[str]:
     """The arguments of `jaxunlearn`, smaller: what comes last is what counts."""
     more = list(SMALLER.get(words[0], []))
-    if words[0] in ("bench", "tune"):
-        seeds = words[words.index("--seeds") + 1] if "--seeds" in words else "42"
-        more += ["--seeds", seeds_as_typed(four(parse_seeds(seeds)))]
+    if "--seeds" in words:
+        more += ["--seeds", str(parse_seeds(words[words.index("--seeds") + 1])[0])]
     return words + more
 
 
 @functools.wraps(jaxunlearn.run)
 def smaller_run(bench, methods=None, seeds=42, **options):
-    some = four([seeds] if isinstance(seeds, int) else seeds)
-    return jaxunlearn.api.run(bench, methods, some, **options | {"devices": 1})
+    first = seeds if isinstance(seeds, int) else next(iter(seeds))
+    return jaxunlearn.api.run(bench, methods, first, **options | {"devices": 1})
 
 
 @pytest.fixture(scope="module")
