@@ -30,6 +30,11 @@ def rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, 
     yield from ((name, attacks) for name, attacks in shown if attacks)
 
 
+def cells(attacks: Mapping[str, Any], statistic: str, sign: str = "±") -> list[str]:
+    """What stands in a row under `SEPARATIONS` and `DISTANCES`, by one of `TITLES`."""
+    return [*_separations(attacks, statistic, sign), *_distances(attacks, statistic, sign)]
+
+
 def print_audit(records: Sequence[Mapping[str, Any]]) -> None:
     """Prints audits of one benchmark, at least one, and how to read them."""
     console = table_console(width=FILE_WIDTH)

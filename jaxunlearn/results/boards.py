@@ -13,7 +13,7 @@ from jaxunlearn.evaluation.metrics import auc_standard_error
 from jaxunlearn.registry import get_method, names, sentence, ships
 from jaxunlearn.results import published
 from jaxunlearn.results.records import other_images
-from jaxunlearn.results.rows import SHOWN, Row, summarize
+from jaxunlearn.results.rows import SHOWN, Row, grouped, summarize
 from jaxunlearn.results.sheets import Cell, Estimate, Sheet
 
 OWN = "the benchmark's own protocol"
@@ -170,8 +170,17 @@ def rules() -> Sheet:
     )
 
 
+def runs(board: Board) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The records of each row of `results` that is ours, but of `pretrained`, by its method and variant."""
+    return grouped(*_named(board))
+
+
 def _rows_of(board: Board) -> list[Row]:
-    """The rows of a board. Rules of others that share a name are told apart by their digests."""
+    return summarize(*_named(board))
+
+
+def _named(board: Board) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The records, and defaults by method. Rules of others that share a name are told apart by their digests."""
     records = [_marked(record) for record in board.records]
     digests = {(record["method"], record["rule_digest"]) for record in records}
     shared = Counter(method for method, _ in digests if not ships(method))
@@ -182,7 +191,7 @@ def _rows_of(board: Board) -> list[Row]:
         for record in records
     ]
     known = {record["method"] for record in records} & set(names())
-    return summarize(named, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known})
+    return named, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known}
 
 
 def _marked(record: dict[str, Any]) -> dict[str, Any]:
