@@ -36,30 +36,44 @@ class Shown(NamedTuple):
     link: str = ""  # the id of a row's details
 
 
+class At(NamedTuple):
+    """What is at hand beside the records."""
+
+    paths: Mapping[int, Path]  # of records, by their id()
+    pictures: Mapping[str, Dataset]  # data sets, by name
+
+
+def require_jinja2() -> None:
+    """Raises UserError where jinja2 is missing."""
+    try:
+        import jinja2  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError('the report needs jinja2: pip install -e ".[report]" (or pip install jinja2)') from None
+
+
 def make_page(found: Found, pictures: Mapping[str, Dataset]) -> str:
     """The HTML of everything that was found; `pictures` are data sets at hand, by name.
 
     Raises:
       UserError: a package is missing.
     """
-    try:
-        import jinja2
-    except ModuleNotFoundError:
-        raise UserError(f"a report needs jinja2: {plots.INSTALL}") from None
+    require_jinja2()
+    import jinja2
+
     files = resources.files("jaxunlearn.report")
     style, script = (files.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
-    paths = {id(record): path for path, record in found.records}
-    shown = [_board(board, paths, pictures) for board in boards.boards([record for _, record in found.records])]
+    at = At({id(record): path for path, record in found.records}, pictures)
+    shown = [_board(board, at) for board in boards.boards([record for _, record in found.records])]
     times = sorted(record["finished_at"][:10] for _, record in found.records)
     return template.render(
         mark=MARK,
         version=__version__,
-        style=jinja2_safe(style),
-        script=jinja2_safe(script),
+        style=_markup(style),
+        script=_markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         boards=shown,
         audits=[_audit(bench, records) for bench, records in _by_bench(found.audits).items()],
@@ -87,14 +101,14 @@ def slug(bench: str, *parts: str, of: str = "") -> str:
     return f"{readable}-{hashlib.sha256(repr([bench, parts, of]).encode()).hexdigest()[:6]}"
 
 
-def jinja2_safe(text: str) -> Any:
+def _markup(text: str) -> Any:
     """Text of ours, which is markup."""
     from markupsafe import Markup
 
     return Markup(text)
 
 
-def _board(board: Board, paths: Mapping[int, Path], pictures: Mapping[str, Dataset]) -> dict[str, Any]:
+def _board(board: Board, at: At) -> dict[str, Any]:
     sheet, grouped = boards.results(board), boards.runs(board)
     filled = [name for name in sheet.rows[0] if any(text_of(name, row[name]) for row in sheet.rows)]
     columns = [name for name in FIRST if name in filled]
@@ -114,24 +128,24 @@ def _board(board: Board, paths: Mapping[int, Path], pictures: Mapping[str, Datas
         "notes": sheet.notes,
         "plots": _drawn(plots.board_plots(board), _slug(board)),
         "runs": [
-            _run(key, records, _slug(board, *key), sheet.rows, grouped, paths, pictures)
+            _run(board, key, records, sheet.rows, _retrained(grouped, records), at)
             for key, records in grouped.items()
         ],
     }
 
 
 def _run(
+    board: Board,
     key: tuple[str, str],
     records: Sequence[dict[str, Any]],
-    own: str,
     rows: Sequence[Mapping[str, Cell]],
-    grouped: Mapping[tuple[str, str], Sequence[dict[str, Any]]],
-    paths: Mapping[int, Path],
-    pictures: Mapping[str, Dataset],
+    retrained: Sequence[dict[str, Any]],
+    at: At,
 ) -> dict[str, Any]:
+    """A method's details: its records, the board's rows, and `retrain`'s records for what is drawn beside it."""
+    own = _slug(board, *key)
     row = next(row for row in rows if row["published"] is None and (row["method"], row["variant"]) == key)
     first, flags = records[0], text_of("flags", row["flags"])
-    protocol = first["protocol"]
     return {
         "id": own,
         "method": text_of("method", key[0]),
@@ -146,12 +160,12 @@ def _run(
         "hardware": text_of("hardware", row["hardware"]),
         "commands": [printable(command)[:2000] for command in dict.fromkeys(r["command"] for r in records) if command],
         "settings": _pairs(first["hyperparameters"]),
-        "protocol": _pairs(protocol),
+        "protocol": _pairs(first["protocol"]),
         "versions": _pairs(first["environment"]["versions"]),
         "digest": first["rule_digest"] or "",
         "seeds": [_seed(record) for record in records],
-        "plots": _drawn(plots.run_plots(records, _retrained(grouped, records)), own),
-        "answers": _answers(first, paths, pictures),
+        "plots": _drawn(plots.run_plots(records, retrained), own),
+        "answers": _answers(first, at),
         "answers_seed": first["seed"],
     }
 
@@ -159,7 +173,6 @@ def _run(
 def _retrained(
     grouped: Mapping[Any, Sequence[dict[str, Any]]], records: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The records of `retrain` of the same board, for what is drawn beside a method's."""
     others = [record for several in grouped.values() for record in several if record["method"] == RETRAIN]
     return [] if records[0]["method"] == RETRAIN else others
 
@@ -176,11 +189,11 @@ def _seed(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _answers(record: Mapping[str, Any], paths: Mapping[int, Path], pictures: Mapping[str, Dataset]) -> dict[str, Any]:
+def _answers(record: Mapping[str, Any], at: At) -> dict[str, Any]:
     name = record["protocol"]["dataset"]
-    dataset, classes = pictures.get(name), DATASETS[name].classes if name in DATASETS else ()
-    path = paths.get(id(record), Path()).with_suffix(".npz") if id(record) in paths else Path()
-    made = thumbnails.answers(record, path, dataset)
+    classes = DATASETS[name].classes if name in DATASETS else ()
+    predictions = at.paths[id(record)].with_suffix(".npz") if id(record) in at.paths else None
+    made = thumbnails.answers(record, predictions, at.pictures.get(name))
     titles = [classes[one.label] if one.label < len(classes) else f"class {one.label}" for one in made]
     shown = [
         {"title": title, "share": f"{one.share:.1%}", "pictures": one.pictures}
@@ -235,7 +248,7 @@ def _by_bench(audits: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def _drawn(made: Sequence[plots.Plot], prefix: str) -> list[dict[str, Any]]:
-    return [{"title": plot.title, "text": plot.text, "svg": jinja2_safe(inline_svg(plot, prefix))} for plot in made]
+    return [{"title": plot.title, "text": plot.text, "svg": _markup(inline_svg(plot, f"{prefix}-"))} for plot in made]
 
 
 def _shown(name: str, cell: Cell, link: str) -> Shown:

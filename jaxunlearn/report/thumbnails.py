@@ -43,11 +43,12 @@ def datasets(names: Iterable[str], data_dir: Path | None, cache_dir: Path) -> tu
     return found, refused
 
 
-def answers(record: Mapping[str, Any], predictions: Path, dataset: Dataset | None) -> list[Answer]:
+def answers(record: Mapping[str, Any], predictions: Path | None, dataset: Dataset | None) -> list[Answer]:
     """The most frequent answers to the forgotten class's training images in a record, most frequent first.
 
     Args:
-      predictions: where the run may have left what its model says of each image (`--keep-predictions`).
+      predictions: where the run may have left what its model says of each image (`--keep-predictions`); None:
+        nobody knows.
     """
     beside = record["companions"]
     counts = np.asarray(beside["forgotten_as"]["train"]) if beside else np.zeros(0, int)
@@ -76,8 +77,10 @@ def _training_images(protocol: Mapping[str, Any], dataset: Dataset | None) -> Im
         return None
 
 
-def _said(record: Mapping[str, Any], predictions: Path, images: ImageSet) -> np.ndarray | None:
+def _said(record: Mapping[str, Any], predictions: Path | None, images: ImageSet) -> np.ndarray | None:
     """i64[N]: the answer to each forgotten training image; None where those of this record and images were not kept."""
+    if predictions is None:
+        return None
     count = int((images.labels == record["protocol"]["forget_class"]).sum())
     try:
         with np.load(predictions, allow_pickle=False) as kept:

@@ -14,7 +14,8 @@ HEAD = 4096  # bytes of a file in which a report says what it is
 
 def check_report(path: Path) -> None:
     """Raises UserError where no report could be made at `path`: before hours of training."""
-    drawing.check_installed()
+    drawing.require_matplotlib("the report")
+    pages.require_jinja2()
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
