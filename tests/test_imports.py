@@ -24,6 +24,7 @@ ORDER = [
     ("results",),
     ("runs", "speed"),
     ("tuning", "audit"),
+    ("report",),
     ("torch_reference",),
     ("gpu_check",),
     ("api", "commands"),

@@ -1,0 +1,1 @@
+"""A report of results: figures of what unlearning did."""
