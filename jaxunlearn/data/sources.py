@@ -49,16 +49,18 @@ _FMNIST = (
     "fashion-mnist",
     "",  # the place itself
 )
-_BATCHES = [f"data_batch_{k}" for k in range(1, 6)]
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100 = """
-apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
-forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
-mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree
-wolf woman worm
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+    shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
+_FMNIST_CLASSES = "T-shirt/top,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot"
+_BATCHES = [f"data_batch_{k}" for k in range(1, 6)]
 
 DATASETS = {
     "cifar10": Source(
@@ -84,7 +86,7 @@ DATASETS = {
         ),
         tfds_name="cifar10",
         digests=("c257da322a0d649b",),
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        classes=tuple(_CIFAR10.split()),
     ),
     "cifar100": Source(  # fine labels
         num_classes=100,
@@ -109,7 +111,7 @@ DATASETS = {
         ),
         tfds_name="cifar100",
         digests=("c401087103404d90",),
-        classes=tuple(name.replace("_", " ") for name in _CIFAR100.split()),
+        classes=tuple(n.replace("_", " ") for n in _CIFAR100.split()),
     ),
     "fashion_mnist": Source(
         num_classes=10,
@@ -126,26 +128,10 @@ DATASETS = {
         ),
         tfds_name="fashion_mnist",
         digests=("690bb3f5c635d3f3", "397f1a5d317ed3b6"),  # the second: in the order of tensorflow-datasets
-        classes=(
-            "T-shirt/top",
-            "trouser",
-            "pullover",
-            "dress",
-            "coat",
-            "sandal",
-            "shirt",
-            "sneaker",
-            "bag",
-            "ankle boot",
-        ),
+        classes=tuple(_FMNIST_CLASSES.split(",")),
     ),
     "digits": Source(
-        10,
-        (8, 8, 1),
-        train_count=1_433,
-        test_count=364,
-        digests=("36142473ed47490e",),
-        classes=tuple("0123456789"),
+        10, (8, 8, 1), train_count=1_433, test_count=364, digests=("36142473ed47490e",), classes=tuple("0123456789")
     ),
 }
 

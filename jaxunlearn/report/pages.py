@@ -128,8 +128,7 @@ def _board(board: Board, at: At) -> dict[str, Any]:
         "notes": sheet.notes,
         "plots": _drawn(plots.board_plots(board), _slug(board)),
         "runs": [
-            _run(board, key, records, sheet.rows, _retrained(grouped, records), at)
-            for key, records in grouped.items()
+            _run(board, key, records, sheet.rows, _retrained(grouped, records), at) for key, records in grouped.items()
         ],
     }
 

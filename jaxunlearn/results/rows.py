@@ -19,8 +19,9 @@ SHOWN = (
     "symmetric_score",
     "average_gap",
 )
-AGAINST_RETRAIN = ("average_gap", "tug_of_war")  # of `companions.against_retrain`
-MEASURED = (*SHOWN, "tug_of_war", "forget_mia_auc_published", "unlearn_score_published")
+AGAINST_RETRAIN = ("average_gap", "tug_of_war", "js")  # of `companions.against_retrain`
+ATTACKS = ("entropy", "modified_entropy", "true_probability")  # of `companions.attacks`
+MEASURED = (*SHOWN, "tug_of_war", "js", *ATTACKS, "forget_mia_auc_published", "unlearn_score_published")
 
 # By flag: what a row says, and what that means.
 WORDS = {
@@ -147,8 +148,10 @@ def _row(method: str, variant: str, runs: Sequence[Mapping[str, Any]], seconds: 
 
 
 def _values(run: Mapping[str, Any]) -> dict[str, float | None]:
-    against = (run.get("companions") or {}).get("against_retrain") or {}
-    return {name: (against if name in AGAINST_RETRAIN else run).get(name) for name in MEASURED}
+    companions = run.get("companions") or {}
+    inner = {name: companions.get("against_retrain") or {} for name in AGAINST_RETRAIN}
+    inner |= {name: companions.get("attacks") or {} for name in ATTACKS}
+    return {name: inner.get(name, run).get(name) for name in MEASURED}
 
 
 def _device(environment: Mapping[str, Any]) -> str:
