@@ -13,7 +13,6 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.numbers,
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
 ]
 QUIET = (  # a browser's own looks into the network, and its sandbox, which root cannot have

@@ -29,6 +29,7 @@ INSTALL_MATPLOTLIB = 'pip install -e ".[report]" (or pip install matplotlib)'
 # A phone's page is some 330 pixels wide, and there no text may be smaller than 11: a figure of 4.8 inches is 346 units.
 WIDTH, HEIGHT = 4.8, 3.4  # inches
 LINE = 0.27  # inches that a row of text takes
+LOWEST = 2.4  # inches, below which a legend of five lines leaves no room
 FONT = 12  # units, of all text
 # Each stands out from white and from nearly black (3:1, as WCAG asks of graphics). Those of a plot also differ in
 # marker or dash.
@@ -129,7 +130,7 @@ def rows_of_text(names: Sequence[str], legends: int = 1, lines: float = 1.2) -> 
       lines: that a name of one line takes.
     """
     height = sum(name.count("\n") + lines for name in names) + legends + 2
-    figure, (axes,) = panels(height=LINE * height)
+    figure, (axes,) = panels(height=max(LOWEST, LINE * height))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     return figure, axes

@@ -122,7 +122,7 @@ def _board(board: Board, at: At) -> dict[str, Any]:
         rows.append({"kind": kind, "cells": [_shown(name, row[name], link) for name in columns]})
     return {
         "id": _slug(board),
-        **board.about,
+        **{name: text_of(name, value) for name, value in board.about.items()},
         "columns": [{"name": name, "number": name not in TEXTS} for name in columns],
         "rows": rows,
         "notes": sheet.notes,
