@@ -79,6 +79,13 @@ class Plot(NamedTuple):
     figure: "Figure"
 
 
+def finished(name: str, title: str, text: str, figure: "Figure") -> Plot:
+    """The plot of a figure that is whole. It is laid out here, once: each time again would move it by a little."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return Plot(name, title, text, figure)
+
+
 class Look(NamedTuple):
     """How a series is drawn: told from the others without its colour, too."""
 
@@ -128,7 +135,7 @@ def rows_of_text(names: Sequence[str], legends: int = 1, lines: float = 1.2) -> 
       legends: lines of the legend above them.
       lines: that a name of one line takes.
     """
-    height = sum(name.count("\n") + lines for name in names) + legends + 2
+    height = sum(name.count("\n") + lines for name in names) + legends + 3
     figure, (axes,) = panels(height=LINE * height)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -169,7 +176,7 @@ def legend(axes: "Axes", figure: "Figure | None" = None) -> None:
     """Names the series of `axes` above it, or above all of `figure`, which is wider: where they hide nothing."""
     handles, labels = axes.get_legend_handles_labels()
     room = 72 * WIDTH * (1.0 if figure else 0.85)
-    columns = max(1, int(room // (45 + 0.6 * FONT * max(map(len, labels)))))
+    columns = max(1, int(room // (45 + 0.5 * FONT * max(map(len, labels)))))
     columns = math.ceil(len(labels) / math.ceil(len(labels) / columns))  # as many in each
     if figure:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
