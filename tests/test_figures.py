@@ -147,6 +147,20 @@ def test_without_matplotlib_a_line_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("scrub", "scrub"),
+        ("a" * 25, "a" * 23 + "…"),
+        ("漢" * 13, "漢" * 11 + "…"),
+        ("a\nb\x00", "a\\nb\\x00"),
+        ("_hidden", " _hidden"),
+    ],
+)
+def test_a_label_is_one_short_line(text, shown):
+    assert drawing.label(text) == shown
+
+
+@pytest.mark.parametrize(
     ("text", "short"),
     [
         ("M 10.04 -0.96 L 0.5 -0.04", "M 10 -1 L .5 0"),

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from rich.cells import cell_len, set_cell_size
+
 from jaxunlearn.errors import UserError, printable
 from jaxunlearn.files import write_atomically
 from jaxunlearn.report import svg
@@ -63,6 +65,7 @@ STYLE = {
     "legend.handlelength": 1.8,
     "legend.columnspacing": 1.2,
     "lines.linewidth": 1.6,
+    "patch.linewidth": 1.6,
     "lines.markersize": 6,
     "path.simplify": True,
     "svg.fonttype": "none",
@@ -185,10 +188,10 @@ def legend(axes: "Axes", figure: "Figure | None" = None) -> None:
 
 
 def label(text: Any, longest: int = 24) -> str:
-    """A stranger's text as a short line of characters that can be shown."""
+    """A stranger's text as a short line of characters that can be shown; a wide one, as 漢 is, counts twice."""
     text = printable(str(text))
     text = f" {text}" if text.startswith("_") else text  # else no legend has it
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return text if cell_len(text) <= longest else f"{set_cell_size(text, longest - 1).rstrip()}…"
 
 
 def inline_svg(plot: Plot, prefix: str = "") -> str:

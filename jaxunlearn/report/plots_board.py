@@ -196,7 +196,9 @@ def _seconds(rows: Sequence[Row]) -> Plot | None:
     decades(axes.xaxis)
     axes.set_xlabel("seconds")
     said = numbers([f"{name(row)} {seconds:.3g}" for seconds, row in timed])
-    return finished("seconds", "What it takes", f"Mean seconds of unlearning and evaluation: {said}.", figure)
+    return finished(
+        "seconds", "Seconds of unlearning and evaluation", f"Mean seconds of unlearning and evaluation: {said}.", figure
+    )
 
 
 def _look(row: Row) -> Look:
