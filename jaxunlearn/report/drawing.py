@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from rich.cells import cell_len, set_cell_size
+
 from jaxunlearn.errors import UserError, printable
 from jaxunlearn.files import write_atomically
 from jaxunlearn.report import svg
@@ -29,7 +31,6 @@ INSTALL_MATPLOTLIB = 'pip install -e ".[report]" (or pip install matplotlib)'
 # A phone's page is some 330 pixels wide, and there no text may be smaller than 11: a figure of 4.8 inches is 346 units.
 WIDTH, HEIGHT = 4.8, 3.4  # inches
 LINE = 0.27  # inches that a row of text takes
-LOWEST = 2.4  # inches, below which a legend of five lines leaves no room
 FONT = 12  # units, of all text
 # Each stands out from white and from nearly black (3:1, as WCAG asks of graphics). Those of a plot also differ in
 # marker or dash.
@@ -64,6 +65,7 @@ STYLE = {
     "legend.handlelength": 1.8,
     "legend.columnspacing": 1.2,
     "lines.linewidth": 1.6,
+    "patch.linewidth": 1.6,
     "lines.markersize": 6,
     "path.simplify": True,
     "svg.fonttype": "none",
@@ -78,6 +80,13 @@ class Plot(NamedTuple):
     title: str
     text: str  # in a sentence or two with the main numbers: for whoever does not see the figure
     figure: "Figure"
+
+
+def finished(name: str, title: str, text: str, figure: "Figure") -> Plot:
+    """The plot of a figure that is whole. It is laid out here, once: each time again would move it by a little."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return Plot(name, title, text, figure)
 
 
 class Look(NamedTuple):
@@ -129,8 +138,8 @@ def rows_of_text(names: Sequence[str], legends: int = 1, lines: float = 1.2) -> 
       legends: lines of the legend above them.
       lines: that a name of one line takes.
     """
-    height = sum(name.count("\n") + lines for name in names) + legends + 2
-    figure, (axes,) = panels(height=max(LOWEST, LINE * height))
+    height = sum(name.count("\n") + lines for name in names) + legends + 3
+    figure, (axes,) = panels(height=LINE * height)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     return figure, axes
@@ -170,7 +179,7 @@ def legend(axes: "Axes", figure: "Figure | None" = None) -> None:
     """Names the series of `axes` above it, or above all of `figure`, which is wider: where they hide nothing."""
     handles, labels = axes.get_legend_handles_labels()
     room = 72 * WIDTH * (1.0 if figure else 0.85)
-    columns = max(1, int(room // (45 + 0.6 * FONT * max(map(len, labels)))))
+    columns = max(1, int(room // (45 + 0.5 * FONT * max(map(len, labels)))))
     columns = math.ceil(len(labels) / math.ceil(len(labels) / columns))  # as many in each
     if figure:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
@@ -179,10 +188,10 @@ def legend(axes: "Axes", figure: "Figure | None" = None) -> None:
 
 
 def label(text: Any, longest: int = 24) -> str:
-    """A stranger's text as a short line of characters that can be shown."""
+    """A stranger's text as a short line of characters that can be shown; a wide one, as 漢 is, counts twice."""
     text = printable(str(text))
     text = f" {text}" if text.startswith("_") else text  # else no legend has it
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return text if cell_len(text) <= longest else f"{set_cell_size(text, longest - 1).rstrip()}…"
 
 
 def inline_svg(plot: Plot, prefix: str = "") -> str:

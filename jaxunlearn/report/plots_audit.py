@@ -13,6 +13,7 @@ from jaxunlearn.report.drawing import (
     WIDTH,
     Plot,
     decades,
+    finished,
     label,
     legend,
     looks,
@@ -76,7 +77,7 @@ def _curves(records: Records, statistic: str, attack: str) -> Plot | None:
     _draw_curves(axes, records, statistic, attack)
     legend(axes, figure)
     caught = numbers([f"{label(name)} {one['tpr']:.3f}" for name, one in found.items()])
-    return Plot(
+    return finished(
         f"{attack}-{statistic.replace('_', '-')}",
         f"{ATTACKS[attack]} by the margin of the {STATISTICS[statistic]}",
         f"Of pairs of an unlearned model and an image, caught at a false positive rate of .01: {caught}.",
@@ -131,7 +132,7 @@ def _areas(records: Records) -> Plot | None:
         return None
     axes.set_xlabel("area; .5 is as if retrained")
     legend(axes, figure)
-    return Plot(
+    return finished(
         "areas",
         "Areas of the attacks, with 95% intervals over models",
         f"By {ATTACKS['ulira']} and the {STATISTICS['true_class']}: {numbers(parts)}; .5 is as if retrained.",

@@ -11,6 +11,7 @@ from jaxunlearn.report.drawing import (
     Look,
     Plot,
     decades,
+    finished,
     label,
     legend,
     looks,
@@ -97,7 +98,7 @@ def _accuracies(rows: Sequence[Row], board: Board) -> Plot:
     legend(axes, figure)
     _name_points(figure, axes, own, [label(name(row)) for row in rows])
     said = numbers([f"{name(row)} {kept:.3f} and {gone:.3f}" for row, (gone, kept) in zip(rows, own, strict=True)])
-    return Plot(
+    return finished(
         "accuracies",
         "What is kept and what is gone",
         f"Accuracy on the retained classes and on the forgotten one: {said}.",
@@ -160,7 +161,7 @@ def _dots(rows: Sequence[Row], value: str, title: str, axis: str, scale: str) ->
     axes.set_xlabel(axis)
     said = numbers([f"{name(row)} {row.mean[value]:.3f}" for row in shown])
     between = f" Two retrained models are {own[0]:.3f} apart." if own else ""
-    return Plot(value.replace("_", "-"), title, f"{title}: {said}. {scale}{between}", figure)
+    return finished(value.replace("_", "-"), title, f"{title}: {said}. {scale}{between}", figure)
 
 
 def _areas(rows: Sequence[Row]) -> Plot | None:
@@ -176,7 +177,7 @@ def _areas(rows: Sequence[Row]) -> Plot | None:
     legend(axes, figure)
     areas = [(row, [row.mean[value] for value in AREAS if value in row.mean]) for row in shown]
     said = numbers([f"{name(row)} {min(values):.3f} to {max(values):.3f}" for row, values in areas])
-    return Plot(
+    return finished(
         "areas",
         "What attacks tell",
         f"Areas of {len(AREAS)} attacks that tell members from non-members, .5 being chance: {said}.",
@@ -195,7 +196,9 @@ def _seconds(rows: Sequence[Row]) -> Plot | None:
     decades(axes.xaxis)
     axes.set_xlabel("seconds")
     said = numbers([f"{name(row)} {seconds:.3g}" for seconds, row in timed])
-    return Plot("seconds", "What it takes", f"Mean seconds of unlearning and evaluation: {said}.", figure)
+    return finished(
+        "seconds", "Seconds of unlearning and evaluation", f"Mean seconds of unlearning and evaluation: {said}.", figure
+    )
 
 
 def _look(row: Row) -> Look:

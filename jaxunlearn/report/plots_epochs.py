@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxunlearn.report.drawing import Plot, label, legend, looks, numbers, panels, plain_numbers, whole_numbers
+from jaxunlearn.report.drawing import (
+    Plot,
+    finished,
+    label,
+    legend,
+    looks,
+    numbers,
+    panels,
+    plain_numbers,
+    whole_numbers,
+)
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -48,7 +58,7 @@ def training(records: Records, phase: str, title: str) -> Plot | None:
         legend(axes)
     every[-1].set_xlabel("epoch")
     whole_numbers(every[-1].xaxis)
-    return Plot(
+    return finished(
         {"pretrain": "pretraining", "unlearn": "unlearning"}[phase],
         f"{title}, epoch by epoch",
         f"From the first epoch to the last: {numbers(parts)}.",
@@ -78,7 +88,9 @@ def evaluated(records: Records) -> Plot | None:
     axes.set(xlabel="epochs of unlearning", ylim=(-0.02, 1.02))
     whole_numbers(axes.xaxis)
     legend(axes, figure)
-    return Plot("on-the-way", "What the model is worth on the way", f"On the test images: {numbers(parts)}.", figure)
+    return finished(
+        "on-the-way", "What the model is worth on the way", f"On the test images: {numbers(parts)}.", figure
+    )
 
 
 def _mean_curves(curves: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from jaxunlearn.report.drawing import (
     INK,
     Look,
     Plot,
+    finished,
     legend,
     numbers,
     panels,
@@ -95,7 +96,7 @@ def _confidences(before: Records, after: Records) -> Plot | None:
         axes.set_ylabel("share")
     every[-1].set(xlabel="maximum softmax probability", xlim=(0, 1))
     legend(every[0], figure)
-    return Plot(
+    return finished(
         "confidences",
         "How sure the model is of the forgotten class's images",
         f"Shares of training images (members) and test images (non-members) by confidence. "
@@ -119,7 +120,7 @@ def _roc(runs: Mapping[str, Records]) -> Plot | None:
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, label="chance, area .5")
     axes.set(xlabel="non-members called members", ylabel="members called members", xlim=(0, 1), ylim=(0, 1.01))
     legend(axes, figure)
-    return Plot(
+    return finished(
         "roc",
         "What the attack finds",
         f"Area of the attack by confidence, and members called so when .01 of non-members are: {numbers(parts)}.",
@@ -146,7 +147,7 @@ def _classes(before: Records, after: Records, names: Sequence[str], forgotten: i
         axes.plot(new, places, AFTER.marker, color=AFTER.color, label="after")
         axes.set(xlabel="test accuracy (* forgotten)", xlim=(-0.03, 1.03))
         legend(axes, figure)
-    return Plot(
+    return finished(
         "classes",
         "Accuracy class by class",
         f"Test accuracy of {names[forgotten]}, which was to be forgotten, {old[forgotten]:.3f} before and "
@@ -192,7 +193,7 @@ def _answers(after: Records, names: Sequence[str], forgotten: int) -> Plot | Non
     axes.set_xlabel("share of images (* forgotten)")
     legend(axes, figure)
     parts = [f"{names[k]} {shares['train'][k]:.3f}" for k in shown]
-    return Plot(
+    return finished(
         "answers", "What forgotten images are answered with", f"Of its training images: {numbers(parts)}.", figure
     )
 
@@ -209,7 +210,7 @@ def _relearning(runs: Mapping[str, Records]) -> Plot | None:
             parts.append(f"{name} {fmean(mean[1:]):.3f}")
     axes.set(xlabel="steps of learning it again", ylabel="accuracy on the class", ylim=(-0.02, 1.02))
     legend(axes, figure)
-    return Plot(
+    return finished(
         "relearning",
         "How fast the class comes back",
         f"Mean accuracy on the forgotten class over the steps of learning it again: {numbers(parts)}.",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxunlearn.report.drawing import COLOURS, INK, Plot, label, numbers, rows_of_text, style
+from jaxunlearn.report.drawing import COLOURS, INK, Plot, finished, label, numbers, rows_of_text, style
 
 
 @style()
@@ -25,7 +25,7 @@ def speed_plots(record: Mapping[str, Any]) -> list[Plot]:
     axes.set_xlabel(f"ours / {label(other)}")
     ratios = [f"{label(name)} {row['ratio']:.2f}" for name, row in rows.items()]
     return [
-        Plot(
+        finished(
             "speed",
             f"Speed beside {label(other)}",
             f"Medians of the ratios of rates, and their range over {record['pairs']} pairs: {numbers(ratios)}.",

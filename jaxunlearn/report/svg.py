@@ -92,9 +92,12 @@ def _shorten_style(element: Element) -> None:
 
 
 def _unwrap(parent: Element) -> None:
-    """Puts what is in groups that say nothing in their place."""
+    """Puts what is in groups that say nothing in their place, and leaves out what draws nothing."""
     children = []
     for child in parent:
         _unwrap(child)
-        children += list(child) if child.tag == "g" and not child.attrib else [child]
+        if child.tag == "g" and not child.attrib:
+            children += list(child)
+        elif child.get("style") != "fill:none" and (child.tag != "defs" or len(child)):
+            children.append(child)
     parent[:] = children
