@@ -41,6 +41,7 @@ INK, PAPER, GRID = "#1a1a1a", "#ffffff", "#d6d6d6"
 VARIABLES = {INK: "ink", PAPER: "paper", GRID: "grid"} | {colour: f"c{k}" for k, colour in enumerate(COLOURS, 1)}
 STYLE = {
     "font.size": FONT,
+    "figure.titlesize": FONT,
     "axes.titlesize": FONT,
     "axes.labelsize": FONT,
     "xtick.labelsize": FONT,
