@@ -191,7 +191,7 @@ def legend(axes: "Axes", figure: "Figure | None" = None) -> None:
 def label(text: Any, longest: int = 24) -> str:
     """A stranger's text as a short line of characters that can be shown; a wide one, as 漢 is, counts twice."""
     text = printable(str(text))
-    text = f" {text}" if text.startswith("_") else text  # else no legend has it
+    text = f" {text}" if text[:1] in ("", "_") else text  # else no legend has it
     return text if cell_len(text) <= longest else f"{set_cell_size(text, longest - 1).rstrip()}…"
 
 
