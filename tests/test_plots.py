@@ -161,6 +161,8 @@ def test_a_loss_that_explodes_leaves_a_figure():
     plot = named(run_plots([record]))["unlearning"]
     assert plot.figure.axes[0].get_yscale() == "symlog"
     assert [text.get_text().strip() for text in plot.figure.axes[0].get_legend().texts] == ["loss", "_hidden"]
+    record["curves"] = {"pretrain": None, "unlearn": {"": [1.0]}, "evaluated": None}
+    assert "unlearning" in named(run_plots([record]))
 
 
 def test_what_the_model_was_worth_on_the_way_is_shown_by_epoch():

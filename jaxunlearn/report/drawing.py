@@ -41,6 +41,7 @@ INK, PAPER, GRID = "#1a1a1a", "#ffffff", "#d6d6d6"
 VARIABLES = {INK: "ink", PAPER: "paper", GRID: "grid"} | {colour: f"c{k}" for k, colour in enumerate(COLOURS, 1)}
 STYLE = {
     "font.size": FONT,
+    "figure.titlesize": FONT,
     "axes.titlesize": FONT,
     "axes.labelsize": FONT,
     "xtick.labelsize": FONT,
@@ -190,7 +191,7 @@ def legend(axes: "Axes", figure: "Figure | None" = None) -> None:
 def label(text: Any, longest: int = 24) -> str:
     """A stranger's text as a short line of characters that can be shown; a wide one, as 漢 is, counts twice."""
     text = printable(str(text))
-    text = f" {text}" if text.startswith("_") else text  # else no legend has it
+    text = f" {text}" if text[:1] in ("", "_") else text  # else no legend has it
     return text if cell_len(text) <= longest else f"{set_cell_size(text, longest - 1).rstrip()}…"
 
 

@@ -52,13 +52,7 @@ def board_plots(board: Board) -> list[Plot]:
     rows = [row for row in rows_of(board) if row.mean]
     made = [
         _accuracies(rows, board) if rows else None,
-        _dots(
-            rows,
-            "average_gap",
-            "Average gap to retrain",
-            "average gap",
-            "0 is as retrained.",
-        ),
+        _dots(rows, "average_gap", "Average gap to retrain", "average gap", "0 is as retrained."),
         _dots(
             rows,
             "js",
@@ -96,8 +90,8 @@ def _accuracies(rows: Sequence[Row], board: Board) -> Plot:
     across, up = zip(*own, *theirs, strict=True)
     axes.set(xlim=_around(across), ylim=_around(up))
     legend(axes, figure)
-    _name_points(figure, axes, own, [label(name(row)) for row in rows])
-    said = numbers([f"{name(row)} {kept:.3f} and {gone:.3f}" for row, (gone, kept) in zip(rows, own, strict=True)])
+    _name_points(figure, axes, own, [label(_name(row)) for row in rows])
+    said = numbers([f"{_name(row)} {kept:.3f} and {gone:.3f}" for row, (gone, kept) in zip(rows, own, strict=True)])
     return finished(
         "accuracies",
         "What is kept and what is gone",
@@ -159,7 +153,7 @@ def _dots(rows: Sequence[Row], value: str, title: str, axis: str, scale: str) ->
         axes.errorbar(row.mean[value], place, xerr=width, marker=look.marker, color=look.color, elinewidth=1)
     axes.set_xlim(left=0)
     axes.set_xlabel(axis)
-    said = numbers([f"{name(row)} {row.mean[value]:.3f}" for row in shown])
+    said = numbers([f"{_name(row)} {row.mean[value]:.3f}" for row in shown])
     between = f" Two retrained models are {own[0]:.3f} apart." if own else ""
     return finished(value.replace("_", "-"), title, f"{title}: {said}. {scale}{between}", figure)
 
@@ -176,7 +170,7 @@ def _areas(rows: Sequence[Row]) -> Plot | None:
     axes.set_xlabel("area; .5 tells nothing")
     legend(axes, figure)
     areas = [(row, [row.mean[value] for value in AREAS if value in row.mean]) for row in shown]
-    said = numbers([f"{name(row)} {min(values):.3f} to {max(values):.3f}" for row, values in areas])
+    said = numbers([f"{_name(row)} {min(values):.3f} to {max(values):.3f}" for row, values in areas])
     return finished(
         "areas",
         "What attacks tell",
@@ -195,7 +189,7 @@ def _seconds(rows: Sequence[Row]) -> Plot | None:
     axes.set_xscale("log")
     decades(axes.xaxis)
     axes.set_xlabel("seconds")
-    said = numbers([f"{name(row)} {seconds:.3g}" for seconds, row in timed])
+    said = numbers([f"{_name(row)} {seconds:.3g}" for seconds, row in timed])
     return finished(
         "seconds", "Seconds of unlearning and evaluation", f"Mean seconds of unlearning and evaluation: {said}.", figure
     )
@@ -205,7 +199,7 @@ def _look(row: Row) -> Look:
     return REFERENCE if row.reference else RULE
 
 
-def name(row: Row) -> str:
+def _name(row: Row) -> str:
     """A method and its variant in a line."""
     return label(f"{row.method} {row.variant}".strip(), 60)
 

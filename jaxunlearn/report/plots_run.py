@@ -49,7 +49,7 @@ def run_plots(records: Records, retrain: Records = ()) -> list[Plot]:
     diverged.
 
     Args:
-      records: of one method, protocol and set of hyperparameters.
+      records: as `results.records.read` gives them, of one method, protocol and set of hyperparameters.
       retrain: those of `retrain` by the same protocol, to stand beside them where that makes sense.
 
     Raises UserError where matplotlib is missing.

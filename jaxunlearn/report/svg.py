@@ -83,7 +83,7 @@ def _shorten_style(element: Element) -> None:
     kept = {
         key: value
         for key, value in style.items()
-        if key != "font-family"
+        if key not in ("font", "font-family")  # the page's; matplotlib before 3.10 has one for all
         and value != INHERITED.get(key)
         and not (element.tag == "use" and key.startswith("stroke"))
     }
