@@ -13,12 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import PROTOCOL
+from layouts import small_sets
+from tiny import PLAIN, PROTOCOL
 
 from jaxunlearn import benchmarks
 from jaxunlearn.commands.main import main
 from jaxunlearn.devices import configuration
 from jaxunlearn.evaluation.metrics import METRICS
+from jaxunlearn.models import MODELS
 from jaxunlearn.ops import native
 from jaxunlearn.runs import preparation
 from jaxunlearn.torch_style import baselines
@@ -78,6 +80,22 @@ def test_json_prints_one_record_a_line_and_nothing_else(bench, tmp_path):
     assert json.loads((tmp_path / "runs" / BENCH / "retain_finetune" / "seed0.json").read_text()) == records[0]
 
 
+@small_sets
+def test_a_benchmark_is_one_line(bench, tmp_path, monkeypatch):
+    """VGG-16-BN on CIFAR-10: there is a row in `benchmarks.py` and nothing else. A tiny model trains in its place."""
+    (tmp_path / "images").mkdir()
+    labels, rng = np.arange(20, dtype=np.uint8)[:, None] % 10, np.random.default_rng(0)
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
+        pixels = rng.integers(0, 256, (20, 32 * 32 * 3), np.uint8)
+        (tmp_path / "images" / f"{name}.bin").write_bytes(np.concatenate([labels, pixels], axis=1).tobytes())
+    monkeypatch.setitem(MODELS, "vgg16bn", MODELS[PLAIN])
+    name, few = "vgg16bn-cifar10-class0", ("--pretrain-epochs", "1", "--unlearn-epochs", "1", "--devices", "1")
+    status, out, _ = bench("--bench", name, "--method", "retain_finetune", "--data-dir", "images", "--json", *few)
+    record = json.loads(out)
+    assert (status, record["bench"], record["status"]) == (0, name, "ok")
+    assert (record["protocol"]["model"], record["protocol"]["dataset"]) == ("vgg16bn", "cifar10")
+
+
 def test_a_rule_of_the_users_own_and_its_settings(bench, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from jaxunlearn.methods.rule import cross_entropy, loss_rule\n"
@@ -129,7 +147,7 @@ def test_list_names_benchmarks_and_methods(bench):
     ("arguments", "said"),
     [
         ("", "--bench"),
-        ("--bench vgg16bn-cifar10-class0", "did you mean 'vgg16bn-cifar100-class0'"),
+        ("--bench vgg16-cifar100-class0", "did you mean 'vgg16bn-cifar100-class0'"),
         (f"--bench {BENCH} --method scrubb", "did you mean 'scrub'"),
         (f"--bench {BENCH} --method absent.py", "no such rule file"),
         (f"--bench {BENCH} --method broken.py", "SyntaxError"),

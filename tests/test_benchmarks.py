@@ -1,9 +1,13 @@
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxunlearn.benchmarks import BENCHMARKS, PRETRAIN_FIELDS, Protocol, get_benchmark, validate
+from jaxunlearn.data.sources import DATASETS
 from jaxunlearn.errors import UserError
+from jaxunlearn.models.network import make_network
 
 OFFICIAL = {
     "model": "resnet20",
@@ -69,6 +73,15 @@ def test_every_benchmark_is_valid_and_hashable():
         hash(protocol)
 
 
+def test_a_model_takes_another_data_set():
+    protocol = BENCHMARKS["vgg16bn-cifar10-class0"]
+    classes = DATASETS[protocol.dataset].num_classes
+    network = make_network(protocol, classes)
+    variables = jax.eval_shape(network.initialise, jax.eval_shape(jax.random.key, 0))
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    assert jax.eval_shape(network.apply_eval, *variables, images).shape == (2, classes)
+
+
 def test_pretrain_fields_are_fields_that_unlearning_does_not_own():
     fields = {field.name for field in dataclasses.fields(Protocol)}
     assert set(PRETRAIN_FIELDS) < fields
@@ -76,9 +89,20 @@ def test_pretrain_fields_are_fields_that_unlearning_does_not_own():
     assert fields - set(PRETRAIN_FIELDS) == unlearning | {"mia_augment", "forget_class", "init_weights"}
 
 
-def test_unknown_benchmark_names_the_nearest():
-    with pytest.raises(UserError, match=r"'vgg16-cifar100'.*did you mean 'vgg16bn-cifar100-class0'"):
-        get_benchmark("vgg16-cifar100")
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("vgg16-cifar100", "vgg16bn-cifar100-class0"),
+        ("vgg16-cifar10", "vgg16bn-cifar10-class0"),
+        ("vgg16bn-cifar100", "vgg16bn-cifar100-class0"),
+        ("cifar100", "vgg16bn-cifar100-class0"),
+        ("resnet20-cifar10-class1", "resnet20-cifar10-class0"),
+        ("", "resnet20-cifar10-class0"),
+    ],
+)
+def test_unknown_benchmark_names_the_nearest(name, nearest):
+    with pytest.raises(UserError, match=rf"'{name}'.*did you mean '{nearest}'"):
+        get_benchmark(name)
 
 
 @pytest.mark.parametrize(

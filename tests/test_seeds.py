@@ -80,7 +80,7 @@ def left_to_vmap(monkeypatch):
     monkeypatch.setattr(convolution, "seedwise", lambda function, *arrays, together: function(*arrays))
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if "digits" not in name])
+@pytest.mark.parametrize("name", {protocol.model: name for name, protocol in BENCHMARKS.items()}.values())
 def test_no_kernel_gradient_is_a_forward_convolution_with_images_as_its_kernel(name, monkeypatch):
     found = of_training(name, 4)
     assert any(of_images for _, of_images in found)

@@ -1,7 +1,6 @@
 """The package as it is installed: a wheel in an environment of its own, outside the checkout."""
 
 import os
-import re
 import shutil
 import site
 import subprocess
@@ -14,13 +13,6 @@ from jobs import share_compiled
 
 ROOT = Path(__file__).parent.parent
 BENCH = "resnet20-digits-class0"
-RULE = """
-from jaxunlearn.methods.rule import cross_entropy, loss_rule
-
-@loss_rule
-def my_rule(student, retain, forget, *, weight: float = 0.5):
-    return weight * cross_entropy(student(retain.images), retain.labels)
-"""
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +63,6 @@ def test_the_command_runs_a_benchmark(run):
     assert "elsewhere" in where.stdout
     arguments = ("--bench", BENCH, "--pretrain-epochs", "1", "--unlearn-epochs", "1", "--method", "retain_finetune")
     arguments += ("--train-limit", "80", "--batch-size", "8", "--no-against-retrain")
-    arguments += ("--seeds", "0-1")  # whose originals the next test takes from the cache
     done = run("jaxunlearn", "bench", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert "retain_finetune" in done.stdout and "pretrained" in done.stdout
@@ -79,17 +70,6 @@ def test_the_command_runs_a_benchmark(run):
         done = run("jaxunlearn", *wrong)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert {"bench", "speed", "parity"} <= set(run("jaxunlearn", "--help").stdout.split())
-
-
-def test_the_readmes_lines_run_from_python(run):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (lines,) = (block for block in blocks if "jaxunlearn.run(" in block)
-    few = "train_limit=80, batch_size=8, pretrain_epochs=1, unlearn_epochs=1, against_retrain=False"
-    smaller = lines.replace("seeds=range(4)", f"seeds=range(2), {few}")
-    assert smaller != lines
-    done = run("python", "-c", RULE + smaller)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "my_rule" in done.stdout and "±" in done.stdout
 
 
 def test_what_needs_pytorch_says_so_in_one_line(run):

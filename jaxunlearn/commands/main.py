@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxunlearn.commands import audit, bench, gpu_check, leaderboard, parity, speed, tune
+from jaxunlearn.commands import audit, bench, gpu_check, leaderboard, parity, report, speed, tune
 from jaxunlearn.commands.parser import Parser, exit_status, take_command
 from jaxunlearn.devices.memory import plainly_started, restart_with_memory_kept
 from jaxunlearn.training.stopping import SIGNALS
@@ -15,21 +15,27 @@ COMMANDS = {
     "tune": tune,
     "audit": audit,
     "leaderboard": leaderboard,
+    "report": report,
     "speed": speed,
     "parity": parity,
     "gpu-check": gpu_check,
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status of `jaxunlearn ARGUMENTS`."""
+def make_parser() -> Parser:
+    """Of `jaxunlearn`, with every subcommand."""
     parser = Parser(prog="jaxunlearn", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():
         summary = str(command.__doc__).splitlines()[0].rstrip(".")
         take_command(commands.add_parser(name, help=summary[0].lower() + summary[1:]), command)
-    return exit_status(parser, arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status of `jaxunlearn ARGUMENTS`."""
+    return exit_status(make_parser(), arguments)
 
 
 def script(name: str, arguments: Sequence[str] | None = None) -> int:
