@@ -23,16 +23,16 @@ FLAGS = {
     "pretrain_epochs": "epochs of pretraining",
     "unlearn_epochs": "epochs of unlearning",
     "batch_size": "images a batch, over all devices",
-    "train_limit": "use this many training images, equally many of each class",
+    "train_limit": "so many training images, equally many of each class",
     "forget_class": "index of the class to forget",
     "epoch_length": "steps of an unlearning epoch: of the smaller set, or of the retain set",
     "crop_padding": "what surrounds an image before the random crop",
     "mobilenet_stride": "stride of MobileNetV2's 24-channel stage",
     "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A); given weights bring their own",
-    "precision": "of the computation (default: fp32, on a GPU tf32); parameters and statistics stay fp32",
+    "precision": "of the computation (default: fp32, on a GPU tf32)",
 }
 SWITCHES = {  # further ones, that only turn something on
-    "validation": "evaluate on a tenth of the training images, which is not trained on, in place of the test images",
+    "validation": "hold a tenth of the training images out, and evaluate on these",
     "drop_last": "leave out partial last batches",
     "mia_augment": "score by the attack that sees the forget-train images augmented",
 }

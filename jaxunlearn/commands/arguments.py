@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxunlearn.benchmarks import ATTEMPTS, BENCHMARKS, CHOICES, FLAGS, SWITCHES
+from jaxunlearn.benchmarks import ATTEMPTS, CHOICES, FLAGS, SWITCHES
+from jaxunlearn.commands.parser import HelpAll, Parser
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import default_cache
 
@@ -13,30 +14,41 @@ if TYPE_CHECKING:
     from jaxunlearn.benchmarks import Protocol
     from jaxunlearn.runs.request import Settings
 
+# Of the protocol, what the short help only names.
+RARE = (
+    "forget_class",
+    "epoch_length",
+    "crop_padding",
+    "mobilenet_stride",
+    "resnet_shortcut",
+    "drop_last",
+    "mia_augment",
+)
 INTERRUPTED = "interrupted: the same command goes on from the last checkpoint"
 
 
-def add_methods(parser: argparse.ArgumentParser) -> None:
+def add_methods(parser: Parser) -> None:
     """What is run."""
     add = parser.add_argument
-    add("--bench", metavar="NAME", help="the benchmark: " + ", ".join(BENCHMARKS))
+    add("--help-all", action=HelpAll, nargs=0, help="help on the rarer flags too")
+    add("--bench", metavar="NAME", help="the benchmark, such as resnet20-digits-class0 (bench --list shows all)")
     add(
         "--method",
         nargs="+",
-        metavar="NAME|FILE.py",
-        help="methods by name, files with your own, or a group: baselines, submitted, all "
-        "(default: the four baselines and the output mask)",
+        metavar="NAME",
+        help="methods, files of your own (FILE.py), or baselines, submitted, all "
+        "(default: the baselines and the output mask)",
     )
     add(
         "--set",
         action="append",
         default=[],
         metavar="NAME.KEY=VALUE",
-        help="a hyperparameter (scrub.temperature=2) or a field of the protocol (protocol.pretrain_lr=0.05)",
+        help="a hyperparameter (scrub.temperature=2) or protocol.FIELD=VALUE",
     )
 
 
-def add_seeds(parser: argparse.ArgumentParser) -> None:
+def add_seeds(parser: Parser) -> None:
     """With which seeds."""
     add = parser.add_argument
     add(
@@ -47,48 +59,53 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="J",
-        help="unlearn each original J times, with random numbers of their own (default: %(default)s)",
+        help="unlearn each original so many times (default: %(default)s)",
     )
-    add(
+    attempts = add(
         "--attempts",
         type=int,
         default=ATTEMPTS,
         metavar="N",
         help="draw a seed that learns nothing in pretraining anew, to N attempts in all (default: %(default)s)",
     )
+    parser.rarely(attempts)
 
 
-def add_protocol(parser: argparse.ArgumentParser, switches: Mapping[str, str]) -> "argparse._ArgumentGroup":
+def add_protocol(parser: Parser, switches: Mapping[str, str]) -> "argparse._ArgumentGroup":
     """The flags of the protocol's fields; of the `switches`, help by name, those."""
     protocol = parser.add_argument_group(
-        "protocol", "where a value is not the benchmark's own, records go to a folder of their own"
+        "protocol, each value the benchmark's own; of others, records go to another folder"
     )
     for name, text in FLAGS.items():
         flag = "--" + name.replace("_", "-")
         if name in CHOICES:
-            protocol.add_argument(flag, choices=CHOICES[name], type=type(CHOICES[name][0]), help=text)
+            added = protocol.add_argument(flag, choices=CHOICES[name], type=type(CHOICES[name][0]), help=text)
         else:
-            protocol.add_argument(flag, type=int, metavar="N", help=text)
+            added = protocol.add_argument(flag, type=int, metavar="N", help=text)
+        if name in RARE:
+            parser.rarely(added)
     for name, text in switches.items():
-        protocol.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
+        added = protocol.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
+        if name in RARE:
+            parser.rarely(added)
     return protocol
 
 
-def add_where(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+def add_where(parser: Parser) -> "argparse._ArgumentGroup":
     """Where things lie and run."""
     where = parser.add_argument_group("where")
     where.add_argument(
         "--data-dir",
         type=Path,
         metavar="PATH",
-        help="where the images are, a folder or a file (else $JAXUNLEARN_DATA, then the cache, then a download)",
+        help="the images (else $JAXUNLEARN_DATA, the cache, then a download)",
     )
     where.add_argument(
         "--cache-dir",
         type=Path,
         metavar="DIR",
         default=default_cache(),
-        help="pretrained models, compiled programs, downloads (default: %(default)s)",
+        help="models, programs, downloads (default: %(default)s)",
     )
     where.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("runs"), help="result records (default: %(default)s)"
@@ -97,35 +114,40 @@ def add_where(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         "--devices",
         type=int,
         metavar="N",
-        help="how many devices, of each process; on a CPU, makes that many host devices",
+        help="how many, of each process; a CPU is made that many (default: all)",
     )
-    where.add_argument(
+    deterministic = where.add_argument(
         "--deterministic",
         action="store_true",
         help="the same bits from the same command on a GPU too, which is slower there; a CPU always has them",
     )
-    where.add_argument(
+    save_every = where.add_argument(
         "--save-every",
         type=float,
         default=120.0,
         metavar="SECONDS",
         help="seconds between two checkpoints of what is training (default: %(default)g)",
     )
+    parser.rarely(deterministic, save_every)
     return where
 
 
-def add_processes(parser: argparse.ArgumentParser) -> None:
+def add_processes(parser: Parser) -> None:
     """How several processes find each other."""
-    several = parser.add_argument_group(
-        "several processes",
-        "one run on several machines: the same command for each; Slurm, Open MPI and TPU pods set these",
+    several = parser.add_argument_group("several processes")
+    parser.rarely(
+        several.add_argument(
+            "--coordinator",
+            metavar="HOST:PORT",
+            help="where process 0 is to be found by the others, which have the same command; Slurm, Open MPI and TPU "
+            "pods set these three",
+        ),
+        several.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are"),
+        several.add_argument("--process-id", type=int, metavar="K", help="which of them this is, from 0 on"),
     )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to be found by the others")
-    several.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
-    several.add_argument("--process-id", type=int, metavar="K", help="which of them this is, from 0 on")
 
 
-def add_output(parser: argparse.ArgumentParser, force: str) -> "argparse._ArgumentGroup":
+def add_output(parser: Parser, force: str) -> "argparse._ArgumentGroup":
     """What is printed, and, by `force`, replaced."""
     output = parser.add_argument_group("output")
     output.add_argument("--force", action="store_true", help=force)

@@ -1,4 +1,4 @@
-"""Attack many models example by example: is the forgotten class's data still in them?
+"""Attack many models image by image: is the forgotten class's data still in them?
 
 Trains N originals and N retrained models once, unlearns each original with each method, and tells the unlearned models
 from the retrained ones. What is there already under OUT, with --keep-predictions of bench, is taken as it is. Results
@@ -20,14 +20,16 @@ from jaxunlearn.commands.arguments import (
     place_parts,
     read_protocol,
 )
+from jaxunlearn.commands.parser import Parser
 from jaxunlearn.errors import UserError, WriteError, one_line
 
 __all__ = ["INTERRUPTED", "add_arguments", "run"]
 MOST = 4096  # models
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Gives the parser the command's arguments."""
+    parser.usage = "%(prog)s --bench NAME [--method NAME ...] [FLAG ...]"
     add_methods(parser)
     add = parser.add_argument
     add(

@@ -1,4 +1,4 @@
-"""Run a class-unlearning benchmark: pretrain (or load), unlearn with each method, evaluate, print a table.
+"""Run a benchmark: pretrain or load a model, unlearn with each method, evaluate.
 
 Results go to stdout and to OUT/<bench>/<method>/seed<k>.json, progress to stderr. Exit status: 0 done, also when a
 method diverged (its row says so); 2 the input is wrong; 1 anything else.
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxunlearn.benchmarks import AGAINST_RETRAIN, BENCHMARKS, EVALUATIONS, SWITCHES
+from jaxunlearn.benchmarks import BENCHMARKS, EVALUATIONS, SWITCHES
 from jaxunlearn.commands.arguments import (
     INTERRUPTED,
     add_methods,
@@ -23,6 +23,7 @@ from jaxunlearn.commands.arguments import (
     read_protocol,
     seed_parts,
 )
+from jaxunlearn.commands.parser import Parser
 
 if TYPE_CHECKING:
     from jaxunlearn.runs.preparation import Prepared
@@ -30,52 +31,52 @@ if TYPE_CHECKING:
 __all__ = ["INTERRUPTED", "add_arguments", "run"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Gives the parser the command's arguments."""
+    parser.usage = "%(prog)s --bench NAME [--method NAME ...] [FLAG ...]"
     add_methods(parser)
     add_seeds(parser)
     add = parser.add_argument
-    add("--list", action="store_true", help="list benchmarks and methods with what they read, and stop")
+    add("--list", action="store_true", help="list benchmarks, and methods with what they read")
     add(
         "--against-retrain",
         action=argparse.BooleanOptionalAction,
-        help="train the reference that never saw the class too, or take it from the cache, and measure how far each "
-        f"method is from it (default: only for {', '.join(AGAINST_RETRAIN)})",
+        help="retrain too, and compare each method with it (default: for digits)",
     )
     add(
         "--evaluate",
         choices=EVALUATIONS,
         default=EVALUATIONS[0],
-        help="full: also a linear probe, relearning and a support vector attack (default: %(default)s)",
+        help="full: also a probe, relearning and a support vector attack",
     )
     add(
         "--eval-every",
         type=int,
         metavar="K",
-        help="evaluate after every K epochs of unlearning too, for the curve in the records; scored is the last model",
+        help="evaluate every K epochs of unlearning too; the last model is scored",
     )
     add_protocol(parser, SWITCHES).add_argument(
         "--init-weights",
         type=Path,
         metavar="FILE",
-        help="start from a PyTorch state_dict (.npz, .safetensors or, with PyTorch, its own files), no pretraining",
+        help="a PyTorch state_dict (.npz, .safetensors, .pt), not pretraining",
     )
     where = add_where(parser)
     where.add_argument(
         "--export-weights",
         type=Path,
         metavar="DIR",
-        help="write each unlearned model as a .safetensors state_dict, named like its record",
+        help="write each unlearned model as a .safetensors state_dict",
     )
     where.add_argument(
         "--keep-predictions",
         action="store_true",
-        help="write what each model says of each image, log-probabilities in float16, beside its record as .npz",
+        help="write each model's log-probabilities beside its record, as .npz",
     )
     where.add_argument("--tensorboard", type=Path, metavar="DIR", help="write event files (needs tensorboardX)")
     add_processes(parser)
     add_output(parser, "overwrite records").add_argument(
-        "--report", type=Path, metavar="FILE.html", help="make a page of the results to look at (see `report --help`)"
+        "--report", type=Path, metavar="FILE.html", help="make a page of the results (see `report --help`)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Compare the package with the same harness in PyTorch: same weights, same batches, quantity by quantity.
+"""Compare the package with the same harness in PyTorch, quantity by quantity.
 
 Each baseline is compared in both forms, the pure rule and the class of `jaxunlearn.torch_style`. Differences are
 relative to the largest value of the layer. Those of metrics are plain; those of parameters after one step are in

@@ -1,4 +1,4 @@
-"""Tune methods by one procedure: the same number of trials each, on images that are held out of the training set.
+"""Tune methods by one procedure: as many trials each, on held-out images.
 
 A tenth of the training images, of each class the last, is not trained on and stands in for the test images, which are
 never looked at. The best trial is the one with the smallest average gap to a model that was retrained on the same
@@ -23,13 +23,15 @@ from jaxunlearn.commands.arguments import (
     read_protocol,
     seed_parts,
 )
+from jaxunlearn.commands.parser import Parser
 from jaxunlearn.errors import UserError
 
 __all__ = ["INTERRUPTED", "add_arguments", "run"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Gives the parser the command's arguments."""
+    parser.usage = "%(prog)s --bench NAME [--method NAME ...] [FLAG ...]"
     add_methods(parser)
     add_seeds(parser)
     add = parser.add_argument
