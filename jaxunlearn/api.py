@@ -106,7 +106,7 @@ def run(
       keep_predictions: write what each model says of each image beside its record.
       tensorboard: where event files go, with curves as they come and the metrics; needs tensorboardX. None: nowhere.
       force: overwrite records of other settings and better ones.
-      quiet: no progress on a terminal.
+      quiet: no progress.
       protocol: any field of `jaxunlearn.benchmarks.Protocol`, such as pretrain_epochs=1 or unlearn_lr=1e-4.
 
     Raises:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxunlearn.runs.request import Request, get_methods, settled
 
     if not FEWEST <= args.models <= MOST:
-        raise UserError(f"--models {args.models}: from {FEWEST} to {MOST:,}")
+        raise UserError(f"--models {args.models}: it must be from {FEWEST} to {MOST:,}")
     if args.together < 1:
         raise UserError(f"--together {args.together}: it must be at least 1")
     if args.plot:

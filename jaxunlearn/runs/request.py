@@ -196,7 +196,7 @@ def get_methods(chosen: Iterable[Named] | None, settings: Settings, against_retr
         members = members_of(method) if isinstance(method, str) else ()
         named += [one for one in members if one not in (*given, *named)] if members else [method]
     if not named:
-        raise UserError("--method: at least one")
+        raise UserError("--method: name at least one method")
     if against_retrain and RETRAIN not in named:
         named = [RETRAIN, *named]
     named.sort(key=lambda method: method != RETRAIN)
