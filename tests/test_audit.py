@@ -128,7 +128,7 @@ def test_originals_of_other_images_are_not_those_of_a_retrained_model(tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--models", "3"), "--models 3: from 4"),
+        (("--models", "3"), "--models 3: it must be from 4"),
         (("--together", "0"), "--together 0: it must be at least 1"),
         (("--method", "retrain"), "--method retrain: name a method that is to be told from it"),
         (("--plot", "roc.pdf"), "--plot roc.pdf: its name must end in .png or .svg"),
