@@ -40,8 +40,8 @@ NOT_RUN = {
 # What is said behind a command's own words, and so in place of them. Of its seeds there is the first, so that a program
 # is compiled once for all pages.
 SMALLER = {
-    "bench": ["--devices", "1"],
-    "tune": ["--devices", "1", "--trials", "2", "--train-limit", "350"],  # of which 320 are trained on, as elsewhere
+    "bench": ["--devices", "1", "--batch-size", "32", "--drop-last"],  # as small benchmarks have it themselves
+    "tune": ["--devices", "1", "--trials", "1", "--train-limit", "350"],  # of which 320 are trained on, as elsewhere
     "audit": ["--devices", "1", "--models", "4", "--together", "1"],
 }
 GROUP = ("retain_finetune",)  # stands for every group of methods
