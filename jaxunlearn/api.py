@@ -19,9 +19,11 @@ Named = str | Path | Callable[..., Any]  # a method: by name, by file, or itself
 class Records(list[dict[str, Any]]):
     """Result records, one a method and seed, in the order in which they were made: plain data, as in the files."""
 
-    def __init__(self, records: Iterable[dict[str, Any]], facts: Mapping[str, Any]):
+    def __init__(
+        self, records: Iterable[dict[str, Any]], facts: Mapping[str, Any], report: Callable[[Path], Iterable[str]]
+    ):
         super().__init__(records)
-        self._facts = facts
+        self._facts, self._report = facts, report
 
     def table(self) -> str:
         """The table that the command prints: methods ranked, mean and interval over seeds, the published rows."""
@@ -30,6 +32,14 @@ class Records(list[dict[str, Any]]):
         text = io.StringIO()
         print_results(self, **self._facts, file=text)
         return text.getvalue()
+
+    def report(self, path: str | Path) -> None:
+        """Writes a page of the results to look at; an earlier report is replaced. Needs matplotlib and jinja2.
+
+        Warns of pictures that are left out. Raises UserError, as where `path` has something else.
+        """
+        for line in self._report(Path(path)):
+            warnings.warn(line, stacklevel=2)
 
     def frame(self) -> "pandas.DataFrame":
         """A row a record, a column a value, such as `retain_acc` and `before.retain_acc`. Needs pandas."""
@@ -141,7 +151,15 @@ def run(
             found.append(record)
             if kept:
                 warnings.warn(kept, stacklevel=2)
-    return Records(found, prepared.table_facts)
+
+    def report(path: Path) -> list[str]:
+        from jaxunlearn.report.gathering import Found
+        from jaxunlearn.report.writing import write_found
+
+        made = Found.of_runs((request.path_of(record), record) for record in found)
+        return write_found(made, path, request.data_dir, request.cache_dir)
+
+    return Records(found, prepared.table_facts, report)
 
 
 def _methods(given: Named | Iterable[Named] | None) -> list[Named] | None:

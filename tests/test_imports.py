@@ -25,6 +25,7 @@ ORDER = [
     ("results",),
     ("runs", "speed"),
     ("tuning", "audit"),
+    ("report",),
     ("torch_reference",),
     ("gpu_check",),
     ("api", "commands"),

@@ -1,14 +1,11 @@
-"""What an audit shows: tables on stdout, and curves in a file."""
+"""What an audit shows on stdout."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from jaxunlearn.audit.separation import CURVE
-from jaxunlearn.errors import UserError
 from jaxunlearn.results.tables import table_console
 
 FILE_WIDTH = 120  # columns, of output that is no terminal
@@ -28,6 +25,11 @@ def rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, 
     shown += [(record["method"], record["attacks"]["unlearned"]) for record in records]
     shown += [(HALVES, records[0]["attacks"]["retrained"])]
     yield from ((name, attacks) for name, attacks in shown if attacks)
+
+
+def cells(attacks: Mapping[str, Any], statistic: str, sign: str = "±") -> list[str]:
+    """What stands in a row under `SEPARATIONS` and `DISTANCES`, by one of `TITLES`."""
+    return [*_separations(attacks, statistic, sign), *_distances(attacks, statistic, sign)]
 
 
 def print_audit(records: Sequence[Mapping[str, Any]]) -> None:
@@ -89,35 +91,3 @@ def _remarks(records: Sequence[Mapping[str, Any]], sign: str) -> Iterator[str]:
         rate = f"{cost['models_per_hour'] or 0:,.0f} models an hour (originals, retrained and unlearned; {device})"
         yield f"{record['method']}: {rate}; {more} more of each take {cost['as_many_again_s'] / 60:,.1f} minutes."
     yield "What this means: docs/audit.md"
-
-
-def check_plot(path: Path) -> None:
-    """Raises UserError where no plot could be made at `path`: before hours of training."""
-    if path.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot {path}: its name must end in .png or .svg")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError(
-            "--plot needs matplotlib: pip install 'jaxunlearn[report]', or pip install matplotlib"
-        ) from None
-
-
-def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws true against false positive rates of U-LiRA and RMIA on logarithmic axes. Raises OSError."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    for axes, (statistic, attack) in zip(
-        figure.subplots(2, 2).flat, [(s, a) for s in TITLES for a in ("ulira", "rmia")], strict=True
-    ):
-        for name, attacks in rows(records):
-            if found := attacks[statistic][attack]:
-                axes.loglog(CURVE, [max(share, CURVE[0] / 10) for share in found["curve"]], label=name)
-        axes.plot(CURVE, CURVE, color="grey", linestyle=":", label="chance")
-        axes.set(xlim=(CURVE[0], 1), ylim=(CURVE[0], 1.1), xlabel="false positive rate", ylabel="true positive rate")
-        axes.set_title(f"{ {'ulira': 'U-LiRA', 'rmia': 'RMIA'}[attack] }, {statistic.replace('_', ' ')}")
-    figure.axes[0].legend()
-    figure.suptitle(f"{records[0]['bench']}, N = {records[0]['models']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

@@ -125,12 +125,13 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--process-id", type=int, metavar="K", help="which of them this is, from 0 on")
 
 
-def add_output(parser: argparse.ArgumentParser, force: str) -> None:
+def add_output(parser: argparse.ArgumentParser, force: str) -> "argparse._ArgumentGroup":
     """What is printed, and, by `force`, replaced."""
     output = parser.add_argument_group("output")
     output.add_argument("--force", action="store_true", help=force)
     output.add_argument("--json", action="store_true", help="print one JSON line a result and nothing else")
     output.add_argument("--quiet", action="store_true", help="no progress")
+    return output
 
 
 def read_protocol(

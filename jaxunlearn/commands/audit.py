@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
     from jaxunlearn.audit.auditing import FEWEST, audits
     from jaxunlearn.audit.collecting import collect
     from jaxunlearn.audit.keeping import audit_path, write_audit
-    from jaxunlearn.audit.showing import check_plot, plot, print_audit
+    from jaxunlearn.audit.showing import print_audit
     from jaxunlearn.devices.configuration import request_devices, within_memory
     from jaxunlearn.progress import Reporter
     from jaxunlearn.registry import RETRAIN
+    from jaxunlearn.report.plots_audit import check_plot, plot_curves
     from jaxunlearn.runs.request import Request, get_methods, settled
 
     if not FEWEST <= args.models <= MOST:
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print_audit(found)
         if args.plot:
-            plot(found, args.plot)
+            plot_curves(found, args.plot)
     except OSError as error:
         raise WriteError(
             f"cannot write the audit ({one_line(error)}): put that right and run the same command"

@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxunlearn.benchmarks import AGAINST_RETRAIN, BENCHMARKS, EVALUATIONS, SWITCHES
 from jaxunlearn.commands.arguments import (
@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write what each model says of each image, log-probabilities in float16, beside its record as .npz",
     )
     add_processes(parser)
-    add_output(parser, "overwrite records")
+    add_output(parser, "overwrite records").add_argument(
+        "--report", type=Path, metavar="FILE.html", help="make a page of the results to look at (see `report --help`)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     # Here, because JAX takes a second to import and `--help` should not.
     from jaxunlearn import registry
     from jaxunlearn.devices.configuration import request_devices, within_memory
-    from jaxunlearn.devices.processes import join, keep_stdout_for_results, watched
+    from jaxunlearn.devices.processes import join, keep_stdout_for_results, leads, watched
     from jaxunlearn.progress import Reporter
     from jaxunlearn.runs.preparation import prepare
     from jaxunlearn.runs.request import Request, get_methods, settled, with_retrain
@@ -90,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
         print("groups of them: baselines, submitted, all")
         return 0
     protocol, chosen, settings = read_protocol(args, args.init_weights)
+    if args.report:
+        from jaxunlearn.report.writing import check_report
+
+        check_report(args.report)
     parts = place_parts(args) | seed_parts(args)
     if join(args.coordinator, args.num_processes, args.process_id):
         keep_stdout_for_results()
@@ -105,11 +111,20 @@ def run(args: argparse.Namespace) -> int:
             keep_predictions=args.keep_predictions,
             force=args.force,
         )
-        _print_results(prepare(request, Reporter(args.quiet)), args.json)
+        prepared = prepare(request, Reporter(args.quiet))
+        found = _print_results(prepared, args.json)
+        if args.report and leads():
+            from jaxunlearn.report.gathering import Found
+            from jaxunlearn.report.writing import write_found
+
+            made = Found.of_runs((request.path_of(record), record) for record in found)
+            for line in write_found(made, args.report, args.data_dir, args.cache_dir):
+                print(f"warning: {line}", file=sys.stderr)
     return 0
 
 
-def _print_results(prepared: "Prepared", as_json: bool) -> None:
+def _print_results(prepared: "Prepared", as_json: bool) -> list[dict[str, Any]]:
+    """Runs what is prepared and prints it; its records."""
     from jaxunlearn.devices.processes import leads
     from jaxunlearn.results.tables import print_results
     from jaxunlearn.runs.running import results
@@ -123,3 +138,4 @@ def _print_results(prepared: "Prepared", as_json: bool) -> None:
             print(json.dumps(record), flush=True)
     if leads() and not as_json:
         print_results(found, **prepared.table_facts)
+    return found

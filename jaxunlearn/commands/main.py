@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxunlearn.commands import audit, bench, gpu_check, leaderboard, parity, speed, tune
+from jaxunlearn.commands import audit, bench, gpu_check, leaderboard, parity, report, speed, tune
 from jaxunlearn.commands.parser import Parser, exit_status, take_command
 from jaxunlearn.devices.memory import plainly_started, restart_with_memory_kept
 from jaxunlearn.training.stopping import SIGNALS
@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": tune,
     "audit": audit,
     "leaderboard": leaderboard,
+    "report": report,
     "speed": speed,
     "parity": parity,
     "gpu-check": gpu_check,

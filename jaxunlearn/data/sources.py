@@ -38,6 +38,7 @@ class Source:
     layouts: tuple[Layout, ...] = ()  # none: it comes with scikit-learn
     tfds_name: str = ""
     digests: tuple[str, ...] = ()  # of the official content, as in Dataset
+    classes: tuple[str, ...] = ()  # their names, by label
 
 
 _FMNIST = (
@@ -48,6 +49,17 @@ _FMNIST = (
     "fashion-mnist",
     "",  # the place itself
 )
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+    shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+_FMNIST_CLASSES = "T-shirt/top,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot"
 _BATCHES = [f"data_batch_{k}" for k in range(1, 6)]
 
 DATASETS = {
@@ -74,6 +86,7 @@ DATASETS = {
         ),
         tfds_name="cifar10",
         digests=("c257da322a0d649b",),
+        classes=tuple(_CIFAR10.split()),
     ),
     "cifar100": Source(  # fine labels
         num_classes=100,
@@ -98,6 +111,7 @@ DATASETS = {
         ),
         tfds_name="cifar100",
         digests=("c401087103404d90",),
+        classes=tuple(n.replace("_", " ") for n in _CIFAR100.split()),
     ),
     "fashion_mnist": Source(
         num_classes=10,
@@ -114,8 +128,11 @@ DATASETS = {
         ),
         tfds_name="fashion_mnist",
         digests=("690bb3f5c635d3f3", "397f1a5d317ed3b6"),  # the second: in the order of tensorflow-datasets
+        classes=tuple(_FMNIST_CLASSES.split(",")),
     ),
-    "digits": Source(10, (8, 8, 1), train_count=1_433, test_count=364, digests=("36142473ed47490e",)),
+    "digits": Source(
+        10, (8, 8, 1), train_count=1_433, test_count=364, digests=("36142473ed47490e",), classes=tuple("0123456789")
+    ),
 }
 
 # Others in the same files and of the same sizes: MD5 of their test images, as an idx file.

@@ -13,7 +13,7 @@ from jaxunlearn.evaluation.metrics import auc_standard_error
 from jaxunlearn.registry import get_method, names, sentence, ships
 from jaxunlearn.results import published
 from jaxunlearn.results.records import other_images
-from jaxunlearn.results.rows import SHOWN, Row, summarize
+from jaxunlearn.results.rows import SHOWN, Row, grouped, summarize
 from jaxunlearn.results.sheets import Cell, Estimate, Sheet
 
 OWN = "the benchmark's own protocol"
@@ -77,7 +77,7 @@ def boards(records: Iterable[dict[str, Any]]) -> list[Board]:
 
 def results(board: Board) -> Sheet:
     """All that the records say of each method, and what is published of them."""
-    rows = _rows_of(board)
+    rows = rows_of(board)
     cells = [_cells(row) for row in rows]
     facts, notes = published.load(), _notes(board, rows)
     if board.official and (others := published.rows_of(board.bench)):
@@ -93,7 +93,7 @@ def results(board: Board) -> Sheet:
 
 def short(board: Board) -> Sheet:
     """The scores of each method, and the published score of the same rule."""
-    rows = _rows_of(board)
+    rows = rows_of(board)
     kept = ("method", "variant", *SHOWN, "seeds")
     cells = [{name: cell for name, cell in _cells(row).items() if name in ("rank", *kept)} for row in rows]
     for row, shown in zip(rows, cells, strict=True):
@@ -105,7 +105,7 @@ def short(board: Board) -> Sheet:
 def verdicts(board: Board) -> Sheet | None:
     """Our seeds beside the published value of each quantity; None where nothing is published beside these records."""
     cells: list[dict[str, Cell]] = []
-    for row in _rows_of(board):
+    for row in rows_of(board):
         if (other := _row_to_meet(board, row)) is None or not row.learned:
             continue
         for name, own in published.QUANTITIES.items():
@@ -135,7 +135,7 @@ def readings(board: Board) -> Sheet | None:
     floor = auc_standard_error(*published.load()["images"][board.bench])
     cells: list[dict[str, Cell]] = []
     densities: list[dict[str, float]] = []  # of the rules that tell
-    for row in _rows_of(board):
+    for row in rows_of(board):
         if (other := _row_to_meet(board, row)) is None or not row.learned:
             continue
         area = other.values["forget_mia_auc"]
@@ -170,8 +170,18 @@ def rules() -> Sheet:
     )
 
 
-def _rows_of(board: Board) -> list[Row]:
+def runs(board: Board) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The records of each of `rows_of`, but of `pretrained`, by its method and variant."""
+    return grouped(*_named(board))
+
+
+def rows_of(board: Board) -> list[Row]:
     """The rows of a board. Rules of others that share a name are told apart by their digests."""
+    return summarize(*_named(board))
+
+
+def _named(board: Board) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The records, under such names, and defaults by method."""
     records = [_marked(record) for record in board.records]
     digests = {(record["method"], record["rule_digest"]) for record in records}
     shared = Counter(method for method, _ in digests if not ships(method))
@@ -182,7 +192,7 @@ def _rows_of(board: Board) -> list[Row]:
         for record in records
     ]
     known = {record["method"] for record in records} & set(names())
-    return summarize(named, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known})
+    return named, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known}
 
 
 def _marked(record: dict[str, Any]) -> dict[str, Any]:

@@ -18,22 +18,28 @@ RUN = ("bench", "method", "seed", "unlearn_seed", "protocol", "hyperparameters")
 
 
 def gather(places: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """`found` without the paths."""
+    kept, refused = found(places)
+    return [record for _, record in kept], refused
+
+
+def found(places: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
     """The records of all files, and of all folders' `seed*.json`, in the order of their paths.
 
     Returns:
-      Records of this version, each run once, the first that is found or one that knows more; and a line for each file
-      or folder that was left out.
+      Where each lies, and records of this version, each run once, the first that is found or one that knows more; and a
+      line for each file or folder that was left out.
 
     Raises:
       UserError: one of the places does not exist.
     """
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    runs: dict[str, tuple[Path, dict[str, Any]]] = {}
     refused: list[str] = []
 
     def unread(error: OSError) -> None:
         refused.append(printable(f"left out {error.filename}: {os.strerror(error.errno or 0)}"))
 
-    for path in dict.fromkeys(path for place in places for path in _files(place, unread)):
+    for path in dict.fromkeys(path for place in places for path in files(place, NAMES, unread)):
         try:
             record = records.read(path)
         except UserError as error:
@@ -43,20 +49,25 @@ def gather(places: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
             refused.append(printable(f"left out {path}: there is no benchmark '{record['bench'][:60]}'"))
             continue
         run = _run_of(record)
-        kept, left = found.setdefault(run, (path, record)), (path, record)
+        kept, left = runs.setdefault(run, (path, record)), (path, record)
         if kept[0] is path:
             continue
         if records.better(record, kept[1]) and not records.better(kept[1], record):
-            found[run], kept, left = left, left, kept
+            runs[run], kept, left = left, left, kept
         refused.append(printable(f"left out {left[0]}: the same run as {kept[0]}"))
-    return [record for _, record in found.values()], refused
+    return list(runs.values()), refused
 
 
-def _files(place: Path, unread: Callable[[OSError], None]) -> Iterator[Path]:
+def files(place: Path, pattern: str, unread: Callable[[OSError], None]) -> Iterator[Path]:
+    """A file, or those at any depth of a folder whose names match, in order.
+
+    Raises:
+      UserError: there is no such place.
+    """
     if os.path.isdir(place):
         for folder, folders, names in os.walk(place, onerror=unread):  # follows no links, so it ends
             folders.sort()
-            yield from (Path(folder) / name for name in sorted(names) if fnmatch(name, NAMES))
+            yield from (Path(folder) / name for name in sorted(names) if fnmatch(name, pattern))
     elif os.path.exists(place):
         yield place
     else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jaxunlearn.errors import printable
 from jaxunlearn.evaluation.flags import FLAGS
@@ -19,8 +19,9 @@ SHOWN = (
     "symmetric_score",
     "average_gap",
 )
-AGAINST_RETRAIN = ("average_gap", "tug_of_war")  # of `companions.against_retrain`
-MEASURED = (*SHOWN, "tug_of_war", "forget_mia_auc_published", "unlearn_score_published")
+AGAINST_RETRAIN = ("average_gap", "tug_of_war", "js")  # of `companions.against_retrain`
+ATTACKS = ("entropy", "modified_entropy", "true_probability")  # of `companions.attacks`
+MEASURED = (*SHOWN, "tug_of_war", "js", *ATTACKS, "forget_mia_auc_published", "unlearn_score_published")
 
 # By flag: what a row says, and what that means.
 WORDS = {
@@ -32,6 +33,9 @@ WORDS = {
     "above_retrain": ("above retrain", "a higher unlearn_score than retraining has, which is not better forgetting"),
     "output_mask": ("like a mask", "answers as the pretrained model does without the class: nothing need be erased"),
 }
+
+
+Record = TypeVar("Record", bound=Mapping[str, Any])
 
 
 class Row(NamedTuple):
@@ -84,18 +88,25 @@ def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mappi
       records: result records of one benchmark and protocol; flags and companions may be missing or None.
       defaults: hyperparameters of each method when nothing is set; those of a method not named here are all shown.
     """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for record in records:
-        usual = defaults.get(record["method"], {})
-        changed = {k: v for k, v in record["hyperparameters"].items() if k not in usual or usual[k] != v}
-        variant = printable(" ".join(f"{name}={value}" for name, value in changed.items()))
-        groups.setdefault((record["method"], variant), []).append(record)
-    rows = [_row(*key, group, fmean(map(_seconds, group))) for key, group in groups.items()]
+    rows = [_row(*key, group, fmean(map(_seconds, group))) for key, group in grouped(records, defaults).items()]
     rows.sort(key=lambda row: -row.mean["symmetric_score"] if row.learned else float("inf"))
     rows = _compared(rows)
     # The methods of one seed share a pretrained model: it counts once.
     before = {record["seed"]: _before(record) for record in records if record["before"]}
     return [_row("pretrained", "", list(before.values()), None), *rows] if before else rows
+
+
+def grouped(
+    records: Sequence[Record], defaults: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, str], list[Record]]:
+    """The records of each row that `summarize` makes of them, but `pretrained`, by its method and variant."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        usual = defaults.get(record["method"], {})
+        changed = {k: v for k, v in record["hyperparameters"].items() if k not in usual or usual[k] != v}
+        variant = printable(" ".join(f"{name}={value}" for name, value in changed.items()))
+        groups.setdefault((record["method"], variant), []).append(record)
+    return groups
 
 
 def _seconds(record: Mapping[str, Any]) -> float:
@@ -137,8 +148,10 @@ def _row(method: str, variant: str, runs: Sequence[Mapping[str, Any]], seconds: 
 
 
 def _values(run: Mapping[str, Any]) -> dict[str, float | None]:
-    against = (run.get("companions") or {}).get("against_retrain") or {}
-    return {name: (against if name in AGAINST_RETRAIN else run).get(name) for name in MEASURED}
+    companions = run.get("companions") or {}
+    inner = {name: companions.get("against_retrain") or {} for name in AGAINST_RETRAIN}
+    inner |= {name: companions.get("attacks") or {} for name in ATTACKS}
+    return {name: inner.get(name, run).get(name) for name in MEASURED}
 
 
 def _device(environment: Mapping[str, Any]) -> str:

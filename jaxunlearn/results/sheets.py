@@ -47,7 +47,7 @@ def to_csv(sheets: Sequence[Sheet]) -> str:
     names = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _inert(_text(name, cell)) for name, cell in row.items()} for row in rows)
+    writer.writerows({name: _inert(text_of(name, cell)) for name, cell in row.items()} for row in rows)
     return text.getvalue()
 
 
@@ -69,7 +69,7 @@ def _blocks(sheet: Sheet) -> list[str]:
     if sheet.about:
         first, *rest = map(_marked, sheet.about.values())
         blocks.append(f"**{first}**: {', '.join(rest)}")
-    columns = {name: [_text(name, row[name]) for row in sheet.rows] for name in sheet.rows[0]}
+    columns = {name: [text_of(name, row[name]) for row in sheet.rows] for name in sheet.rows[0]}
     shown = {name: cells for name, cells in columns.items() if any(cells) and name != sheet.below}
     cells = [list(shown), ["---"] * len(shown), *(map(_marked, row) for row in zip(*shown.values(), strict=True))]
     blocks.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
@@ -82,7 +82,8 @@ def _blocks(sheet: Sheet) -> list[str]:
     return blocks
 
 
-def _text(name: str, cell: Cell) -> str:
+def text_of(name: str, cell: Cell) -> str:
+    """What stands in a column's cell: one line, without markup's escapes; empty where nothing is known."""
     digits = DIGITS.get(name, 4)
     if isinstance(cell, Estimate):
         width = "" if cell.half_width is None else f" ± {cell.half_width:.{digits}f}"

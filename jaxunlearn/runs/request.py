@@ -81,6 +81,12 @@ class Request:
             differs["platform"] = platform
         return record_path(self.out, self.bench, method.name, seed, differs, unlearn_seed)
 
+    def path_of(self, record: Mapping[str, Any]) -> Path:
+        """Where a record that this run made is kept."""
+        own = record["method"], record["hyperparameters"]
+        method = next(method for method in self.methods if (method.name, method.hyperparameters) == own)
+        return self.record_path(method, record["seed"], record["unlearn_seed"])
+
     def originals_path(self, seed: int) -> Path:
         """Where it is kept what the pretrained model of a seed says."""
         return self.record_path(Method(PRETRAINED, None, {}, {}), seed).with_suffix(".npz")

@@ -1,0 +1,1 @@
+"""A page to look at, made of records alone."""

@@ -1,0 +1,117 @@
+"""What a report is made of, from files and folders: records of runs, of audits and of speed, whoever wrote them."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxunlearn.audit.keeping import read_audit
+from jaxunlearn.benchmarks import BENCHMARKS
+from jaxunlearn.errors import UserError, printable
+from jaxunlearn.results import gathering, records
+
+# In folders: where a command writes what is no record of a run.
+AUDITS, SPEEDS = ("audit", "*-N*.json"), ("speed", "*.json")
+
+
+class Found(NamedTuple):
+    """All that was found, in the order of the paths."""
+
+    records: list[tuple[Path, dict[str, Any]]]
+    audits: list[dict[str, Any]]
+    speeds: list[dict[str, Any]]
+    refused: list[str]  # a line for each file or folder that was left out
+
+    @classmethod
+    def of_runs(cls, records: Iterable[tuple[Path, dict[str, Any]]]) -> "Found":
+        """Of records that a run has just made, and where they lie."""
+        return cls([(path, json.loads(json.dumps(record))) for path, record in records], [], [], [])
+
+
+def gather(places: Iterable[Path]) -> Found:
+    """What is in files and folders. Of folders the records of runs, and what lies in folders `audit` and `speed`.
+
+    Raises:
+      UserError: one of the places does not exist.
+    """
+    refused: list[str] = []
+    runs: list[Path] = []
+    audits: dict[Path, None] = {}
+    speeds: dict[Path, None] = {}
+    for place in places:
+        if os.path.isdir(place):
+            runs.append(place)
+            audits |= dict.fromkeys(_below(place, *AUDITS, refused))
+            speeds |= dict.fromkeys(_below(place, *SPEEDS, refused))
+        else:
+            _kind(place, runs, audits, speeds)
+    found, left_out = gathering.found(runs)
+    refused = list(dict.fromkeys(left_out + refused))
+    return Found(found, _read(audits, _audit, refused), _read(speeds, _speed, refused), refused)
+
+
+def _below(place: Path, folder: str, pattern: str, refused: list[str]) -> Iterator[Path]:
+    def unread(error: OSError) -> None:
+        refused.append(printable(f"left out {error.filename}: {os.strerror(error.errno or 0)}"))
+
+    return (path for path in gathering.files(place, pattern, unread) if folder in path.parts[:-1])
+
+
+def _kind(path: Path, runs: list[Path], audits: dict[Path, None], speeds: dict[Path, None]) -> None:
+    """Puts a file that was named with its like; what nobody knows is taken for a run's, to be refused as one."""
+    try:
+        keys = records.parse(path).keys()
+    except ValueError:
+        keys = {}.keys()
+    if "attacks" in keys:
+        audits[path] = None
+    elif "quantities" in keys:
+        speeds[path] = None
+    else:
+        runs.append(path)
+
+
+def _read(paths: Iterable[Path], read: Callable[[Path], dict[str, Any]], refused: list[str]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            record = read(path)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            found.setdefault(json.dumps(record, sort_keys=True), record)
+    return list(found.values())
+
+
+def _audit(path: Path) -> dict[str, Any]:
+    record = read_audit(path)
+    if record["bench"] not in BENCHMARKS:
+        raise UserError(f"left out {path}: there is no benchmark '{record['bench'][:60]}'")
+    return record
+
+
+def _speed(path: Path) -> dict[str, Any]:
+    """A record of `jaxunlearn speed --json`, of which what is shown is checked."""
+    try:
+        record = records.parse(path)
+        rows, against = record.get("quantities"), record.get("against")
+        if record.get("bench") not in BENCHMARKS or not isinstance(rows, dict) or not isinstance(against, str | None):
+            raise ValueError("it is no record of speed")
+        texts = [
+            record.get("precision"),
+            *(row.get("unit") if isinstance(row, dict) else None for row in rows.values()),
+        ]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("it is no record of speed")
+        numbers = ("ours", against, "ratio") if against else ("ours",)
+        if not all(_positive(row.get(name)) for row in rows.values() for name in numbers):
+            raise ValueError("a rate of it is no positive number")
+    except ValueError as error:
+        raise UserError(f"cannot read the record of speed {path}: {error}") from error
+    return record
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -1,0 +1,260 @@
+"""The page: one file of HTML, with its style, script and pictures inside, that needs no network."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxunlearn.audit import showing
+from jaxunlearn.data.datasets import Dataset
+from jaxunlearn.data.sources import DATASETS
+from jaxunlearn.errors import UserError, printable
+from jaxunlearn.registry import RETRAIN
+from jaxunlearn.report import plots, thumbnails
+from jaxunlearn.report.drawing import inline_svg
+from jaxunlearn.report.gathering import Found
+from jaxunlearn.results import boards
+from jaxunlearn.results.boards import Board
+from jaxunlearn.results.rows import WORDS
+from jaxunlearn.results.sheets import Cell, Estimate, text_of
+from jaxunlearn.version import __version__
+
+MARK = "jaxunlearn report"  # in a page's head: what may be overwritten
+FIRST = ("rank", "method", "variant", "published")
+BELOW = ("commands", "hardware")  # columns that stand in a row's details
+TEXTS = ("method", "variant", "reads", "flags", "published")  # columns that are no numbers
+
+
+class Shown(NamedTuple):
+    """A cell of a table: its text, and what it is sorted by."""
+
+    text: str
+    key: str
+    link: str = ""  # the id of a row's details
+
+
+class At(NamedTuple):
+    """What is at hand beside the records."""
+
+    paths: Mapping[int, Path]  # of records, by their id()
+    pictures: Mapping[str, Dataset]  # data sets, by name
+
+
+def require_jinja2() -> None:
+    """Raises UserError where jinja2 is missing."""
+    try:
+        import jinja2  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError('the report needs jinja2: pip install -e ".[report]" (or pip install jinja2)') from None
+
+
+def make_page(found: Found, pictures: Mapping[str, Dataset]) -> str:
+    """The HTML of everything that was found; `pictures` are data sets at hand, by name.
+
+    Raises:
+      UserError: a package is missing.
+    """
+    require_jinja2()
+    import jinja2
+
+    files = resources.files("jaxunlearn.report")
+    style, script = (files.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
+    at = At({id(record): path for path, record in found.records}, pictures)
+    shown = [_board(board, at) for board in boards.boards([record for _, record in found.records])]
+    times = sorted(record["finished_at"][:10] for _, record in found.records)
+    return template.render(
+        mark=MARK,
+        version=__version__,
+        style=_markup(style),
+        script=_markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        boards=shown,
+        audits=[_audit(bench, records) for bench, records in _by_bench(found.audits).items()],
+        speeds=[_speed(record) for record in found.speeds],
+        words=WORDS.values(),
+        period=" to ".join(dict.fromkeys([times[0], times[-1]])) if times else "",
+    )
+
+
+def all_plots(found: Found) -> list[tuple[str, list[plots.Plot]]]:
+    """Every plot of the page, by a name for files that tells them apart."""
+    made = []
+    for board in boards.boards([record for _, record in found.records]):
+        made.append((_slug(board), plots.board_plots(board)))
+        grouped = boards.runs(board)
+        for key, records in grouped.items():
+            made.append((_slug(board, *key), plots.run_plots(records, _retrained(grouped, records))))
+    made += [(slug(bench, "audit"), plots.audit_plots(records)) for bench, records in _by_bench(found.audits).items()]
+    return made + [(_speed_slug(record), plots.speed_plots(record)) for record in found.speeds]
+
+
+def slug(bench: str, *parts: str, of: str = "") -> str:
+    """A short id of [a-z0-9-] that is the same for the same texts and no others; it shows the parts but not `of`."""
+    readable = re.sub(r"[^a-z0-9]+", "-", " ".join([bench, *parts]).lower()).strip("-")[:60]
+    return f"{readable}-{hashlib.sha256(repr([bench, parts, of]).encode()).hexdigest()[:6]}"
+
+
+def _markup(text: str) -> Any:
+    """Text of ours, which is markup."""
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def _board(board: Board, at: At) -> dict[str, Any]:
+    sheet, grouped = boards.results(board), boards.runs(board)
+    filled = [name for name in sheet.rows[0] if any(text_of(name, row[name]) for row in sheet.rows)]
+    columns = [name for name in FIRST if name in filled]
+    columns += [name for name in filled if name not in (*FIRST, *BELOW)]
+    rows = []
+    for row in sheet.rows:
+        key = (str(row["method"]), str(row["variant"]))
+        known = row["published"] is None and key in grouped
+        link = _slug(board, *key) if known else ""
+        kind = "published" if row["published"] else "reference" if row["rank"] == "ref" else "ours"
+        rows.append({"kind": kind, "cells": [_shown(name, row[name], link) for name in columns]})
+    return {
+        "id": _slug(board),
+        **{name: text_of(name, value) for name, value in board.about.items()},
+        "columns": [{"name": name, "number": name not in TEXTS} for name in columns],
+        "rows": rows,
+        "notes": sheet.notes,
+        "plots": _drawn(plots.board_plots(board), _slug(board)),
+        "runs": [
+            _run(board, key, records, sheet.rows, _retrained(grouped, records), at) for key, records in grouped.items()
+        ],
+    }
+
+
+def _run(
+    board: Board,
+    key: tuple[str, str],
+    records: Sequence[dict[str, Any]],
+    rows: Sequence[Mapping[str, Cell]],
+    retrained: Sequence[dict[str, Any]],
+    at: At,
+) -> dict[str, Any]:
+    """A method's details: its records, the board's rows, and `retrain`'s records for what is drawn beside it."""
+    own = _slug(board, *key)
+    row = next(row for row in rows if row["published"] is None and (row["method"], row["variant"]) == key)
+    first, flags = records[0], text_of("flags", row["flags"])
+    return {
+        "id": own,
+        "method": text_of("method", key[0]),
+        "variant": key[1],
+        "scores": [
+            {"name": name, "text": text_of(name, row[name])}
+            for name, cell in row.items()
+            if isinstance(cell, Estimate) and name in ("retain_acc", "forget_acc", "forget_mia_auc", "symmetric_score")
+        ],
+        "flags": [{"word": word, "meaning": meaning} for word, meaning in WORDS.values() if word in flags],
+        "reads": text_of("reads", row["reads"]),
+        "hardware": text_of("hardware", row["hardware"]),
+        "commands": [printable(command)[:2000] for command in dict.fromkeys(r["command"] for r in records) if command],
+        "settings": _pairs(first["hyperparameters"]),
+        "protocol": _pairs(first["protocol"]),
+        "versions": _pairs(first["environment"]["versions"]),
+        "digest": first["rule_digest"] or "",
+        "seeds": [_seed(record) for record in records],
+        "plots": _drawn(plots.run_plots(records, retrained), own),
+        "answers": _answers(first, at),
+        "answers_seed": first["seed"],
+    }
+
+
+def _retrained(
+    grouped: Mapping[Any, Sequence[dict[str, Any]]], records: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    others = [record for several in grouped.values() for record in several if record["method"] == RETRAIN]
+    return [] if records[0]["method"] == RETRAIN else others
+
+
+def _seed(record: Mapping[str, Any]) -> dict[str, str]:
+    names = ("retain_acc", "forget_acc", "forget_mia_auc", "unlearn_score", "symmetric_score")
+    values = {name: "" if record[name] is None else f"{record[name]:.4f}" for name in names}
+    several = f" / {record['unlearn_seed']}" if record["unlearn_seed"] else ""
+    return {
+        "seed": f"{record['seed']}{several}",
+        **values,
+        "status": record["status"],
+        "finished": record["finished_at"][:19],
+    }
+
+
+def _answers(record: Mapping[str, Any], at: At) -> dict[str, Any]:
+    name = record["protocol"]["dataset"]
+    classes = DATASETS[name].classes if name in DATASETS else ()
+    predictions = at.paths[id(record)].with_suffix(".npz") if id(record) in at.paths else None
+    made = thumbnails.answers(record, predictions, at.pictures.get(name))
+    titles = [classes[one.label] if one.label < len(classes) else f"class {one.label}" for one in made]
+    shown = [
+        {"title": title, "share": f"{one.share:.1%}", "pictures": one.pictures}
+        for title, one in zip(titles, made, strict=True)
+    ]
+    return {"shown": shown if any(one.pictures for one in made) else [], "own": any(one.own for one in made)}
+
+
+def _audit(bench: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    tables = []
+    for statistic, title in showing.TITLES.items():
+        rows = [[name, *showing.cells(attacks, statistic)] for name, attacks in showing.rows(records)]
+        tables.append({"title": title, "rows": [[printable(cell) for cell in row] for row in rows]})
+    return {
+        "id": slug(bench, "audit"),
+        "bench": bench,
+        "models": sorted({record["models"] for record in records}),
+        "columns": ["", *showing.SEPARATIONS, *showing.DISTANCES],
+        "tables": tables,
+        "plots": _drawn(plots.audit_plots(records), slug(bench, "audit")),
+    }
+
+
+def _speed(record: dict[str, Any]) -> dict[str, Any]:
+    against = record["against"]
+    rows = [
+        [name, row["unit"], f"{row['ours']:.4g}", *([f"{row[against]:.4g}", f"{row['ratio']:.2f}"] if against else [])]
+        for name, row in record["quantities"].items()
+    ]
+    return {
+        "id": _speed_slug(record),
+        "title": f"{record['bench']}, {record['precision']}",
+        "columns": ["", "unit", "ours", *([str(against), "ratio"] if against else [])],
+        "rows": [[printable(cell) for cell in row] for row in rows],
+        "plots": _drawn(plots.speed_plots(record), _speed_slug(record)),
+    }
+
+
+def _slug(board: Board, *row: str) -> str:
+    return slug(board.bench, *row, of=board.about["protocol"])
+
+
+def _speed_slug(record: Mapping[str, Any]) -> str:
+    return slug(record["bench"], "speed", record["precision"], str(record["against"]))
+
+
+def _by_bench(audits: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in audits:
+        groups.setdefault(record["bench"], []).append(record)
+    return groups
+
+
+def _drawn(made: Sequence[plots.Plot], prefix: str) -> list[dict[str, Any]]:
+    return [{"title": plot.title, "text": plot.text, "svg": _markup(inline_svg(plot, f"{prefix}-"))} for plot in made]
+
+
+def _shown(name: str, cell: Cell, link: str) -> Shown:
+    text = text_of(name, cell)
+    key = cell.mean if isinstance(cell, Estimate) else cell
+    return Shown(text, repr(key) if isinstance(key, int | float) else text, link if name == "method" else "")
+
+
+def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(printable(str(name))[:200], printable(str(value))[:200]) for name, value in values.items()]

@@ -1,0 +1,101 @@
+"""Small pictures of where forgotten images go, where the data set is at hand."""
+
+import base64
+import io
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxunlearn.data.datasets import Dataset, find, held_out, limited
+from jaxunlearn.data.readers import ImageSet
+from jaxunlearn.data.sources import DATASETS
+from jaxunlearn.errors import UserError
+
+ANSWERS, EACH = 6, 5  # of the most frequent answers, and images of each
+
+
+class Answer(NamedTuple):
+    """What forgotten training images are answered with."""
+
+    label: int
+    share: float  # of them
+    pictures: list[str]  # data: addresses of PNGs, in the size of the data set's images
+    own: bool  # whether these are such forgotten images, else images of the class that is answered
+
+
+def datasets(names: Iterable[str], data_dir: Path | None, cache_dir: Path) -> tuple[dict[str, Dataset], list[str]]:
+    """The data sets that are at hand, by name, and a line for each that could not be read. Downloads nothing."""
+    found: dict[str, Dataset] = {}
+    refused: list[str] = []
+    for name in dict.fromkeys(names):
+        if name not in DATASETS:
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                dataset = find(name, data_dir, cache_dir)
+        except UserError as error:
+            refused.append(f"no pictures of {name}: {error}")
+        else:
+            found |= {name: dataset} if dataset else {}
+    return found, refused
+
+
+def answers(record: Mapping[str, Any], predictions: Path | None, dataset: Dataset | None) -> list[Answer]:
+    """The most frequent answers to the forgotten class's training images in a record, most frequent first.
+
+    Args:
+      predictions: where the run may have left what its model says of each image (`--keep-predictions`); None:
+        nobody knows.
+    """
+    beside = record["companions"]
+    counts = np.asarray(beside["forgotten_as"]["train"]) if beside else np.zeros(0, int)
+    order = [int(label) for label in np.argsort(-counts, kind="stable")[:ANSWERS] if counts[label]]
+    images = _training_images(record["protocol"], dataset)
+    said = None if images is None else _said(record, predictions, images)
+    made = []
+    for label in order:
+        pictures: list[str] = []
+        if images is not None and label < (dataset.num_classes if dataset else 0):
+            forgotten = images.images[images.labels == record["protocol"]["forget_class"]]
+            chosen = images.images[images.labels == label] if said is None else forgotten[said == label]
+            pictures = [_address(pixels) for pixels in chosen[:EACH]]
+        made.append(Answer(label, float(counts[label] / counts.sum()), pictures, said is not None))
+    return made
+
+
+def _training_images(protocol: Mapping[str, Any], dataset: Dataset | None) -> ImageSet | None:
+    """Those that a run of this protocol trained on."""
+    if dataset is None:
+        return None
+    try:
+        images = limited(dataset.train, dataset.num_classes, protocol["train_limit"])
+        return held_out(images, dataset.num_classes)[0] if protocol["validation"] else images
+    except (UserError, TypeError):
+        return None
+
+
+def _said(record: Mapping[str, Any], predictions: Path | None, images: ImageSet) -> np.ndarray | None:
+    """i64[N]: the answer to each forgotten training image; None where those of this record and images were not kept."""
+    if predictions is None:
+        return None
+    count = int((images.labels == record["protocol"]["forget_class"]).sum())
+    try:
+        with np.load(predictions, allow_pickle=False) as kept:
+            of_this = str(kept["finished_at"]) == record["finished_at"]
+            said = kept["forget_train"]
+    except Exception:  # of a stranger's file anything may be wrong
+        return None
+    whole = said.ndim == 2 and said.shape == (count, len(record["companions"]["class_acc"]))
+    return said.argmax(1) if of_this and whole else None
+
+
+def _address(pixels: np.ndarray) -> str:
+    """A data: address of u8[H, W, C] as a PNG."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0]).save(content, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

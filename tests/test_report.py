@@ -1,0 +1,219 @@
+"""The report's page and command, without a browser: what is in it, and what becomes of strangers' files."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from example_record import diverged_record, example_record
+from test_gathering import put
+
+from jaxunlearn.commands.main import script
+from jaxunlearn.errors import UserError
+from jaxunlearn.report import gathering, pages, thumbnails, writing
+
+ROOT = Path(__file__).parent.parent
+VOID = {"meta", "link", "input", "img", "br"}
+
+
+class Page(HTMLParser):
+    """What a page's elements are, whether all are closed, and what is to be read."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.sources, self.handlers, self.tags, self.open, self.words = [], [], [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            {"id": self.ids, "href": self.links, "src": self.sources}.get(name, []).append(value)
+            self.handlers += [name] if name.startswith("on") else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag) if tag not in VOID else None
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def report(tmp_path, capsys, monkeypatch):
+    """Makes a report of records: its page, and what was said."""
+    monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
+
+    def make(*records, arguments=(), status=0):
+        for i, record in enumerate(records):
+            put(tmp_path / "runs" / f"{i}" / f"seed{i}.json", record)
+        out = tmp_path / "report.html"
+        given = ["report", [str(tmp_path / "runs"), *arguments, "--out", str(out), "--cache-dir", str(tmp_path)]]
+        assert script(*given) == status
+        said = capsys.readouterr()
+        return (Page(out.read_text()), said.err) if status == 0 else (None, said.err)
+
+    return make
+
+
+def test_a_page_has_what_the_records_say(report):
+    seeds = [example_record(seed=seed, retain_acc=0.9 + seed / 100) for seed in (1, 2, 3)]
+    page, said = report(*seeds, example_record(method="retrain", seed=1), diverged_record(method="salun"))
+    assert said == ""
+    for words in ("scrub", "salun", "diverged", "0.9200 ±", "jaxunlearn bench --bench", "temperature", "above retrain"):
+        assert words in page.text, words
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert all(link.startswith(("#", "data:")) for link in page.links) and not page.sources
+
+
+def test_a_page_is_the_same_for_the_same_records(tmp_path):
+    put(tmp_path / "runs" / "seed0.json", example_record())
+    found = gathering.gather([tmp_path / "runs"])
+    assert pages.make_page(found, {}) == pages.make_page(found, {})
+
+
+EVIL = "<script>alert(1)</script>'\"`$x_{y}$ javascript:alert(1) \u202e\x1b[31m\x00"
+
+
+def test_text_of_strangers_is_text(report):
+    record = example_record(method=EVIL, command=EVIL, hyperparameters={EVIL: [EVIL]})
+    record["environment"]["cpu"]["model"] = record["protocol"]["more"] = record["environment"]["versions"][EVIL] = EVIL
+    record["environment"]["device_kind"] = EVIL * 500
+    page, _ = report(record)
+    assert page.tags.count("script") == 1 and page.handlers == [] and "<script>alert(1)" in page.text
+    assert (found := re.search(r".{50}[\x00-\x08\x1b\u202a-\u202e]", page.text)) is None, found
+
+
+def test_what_is_no_record_is_named_and_left_out(report, tmp_path):
+    put(tmp_path / "runs" / "audit" / "x" / "scrub-N4.json", b"{}")
+    put(tmp_path / "runs" / "speed" / "x.json", json.dumps({"bench": 1, "quantities": {}}).encode())
+    page, said = report(example_record(), b"{")
+    assert "scrub" in page.text
+    assert len(said.splitlines()) == 3 and all(
+        line.startswith("warning: cannot read the ") for line in said.splitlines()
+    )
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"quantities": {"pretrain": {"unit": "images/s", "ours": 0}}},
+        {"quantities": {"pretrain": {"unit": "images/s", "ours": True}}},
+        {"quantities": {"pretrain": {"unit": 1, "ours": 1.0}}},
+        {"quantities": {"pretrain": []}},
+        {"quantities": {"pretrain": {"unit": "images/s", "ours": 1.0}}, "against": "torch"},
+        {"quantities": {"pretrain": {"unit": "images/s", "ours": 1.0}}, "bench": "none"},
+    ],
+)
+def test_what_is_no_record_of_speed(tmp_path, record):
+    whole = {"bench": "resnet20-cifar10-class0", "precision": "fp32", "against": None} | record
+    found = gathering.gather([put(tmp_path / "x.json", whole)])
+    assert found.speeds == [] and len(found.refused) == 1 and "cannot read the record of speed" in found.refused[0]
+
+
+def test_audits_and_speeds_of_the_project_are_shown(report):
+    speed = str(ROOT / "results" / "speed" / "resnet20-cifar10-class0.json")
+    page, said = report(example_record(), arguments=[str(ROOT / "results" / "audit"), speed, speed])
+    assert said == "" and "(untouched)" in page.text
+    assert page.text.count("Rates of training steps") == 1 and "images/s" in page.text
+
+
+def test_without_records_there_is_no_page(report):
+    _, said = report(status=2)
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"my thesis", b"<html>another page</html>"])
+def test_nothing_but_a_report_is_overwritten(report, tmp_path, content):
+    (tmp_path / "report.html").write_bytes(content)
+    _, said = report(example_record(), status=2)
+    assert "is no report and is not overwritten" in said and (tmp_path / "report.html").read_bytes() == content
+    (tmp_path / "report.html").unlink()
+    report(example_record())
+    page, _ = report(example_record(method="salun"))  # an earlier report is replaced
+    assert "salun" in page.text
+
+
+def test_twenty_rows_stay_small(tmp_path):
+    beside = example_record()["companions"] | {"class_acc": [k / 100 for k in range(100)]}
+    beside |= {"forgotten_as": {"train": list(range(100)), "test": list(range(100))}}
+    curves = example_record()["curves"] | {"pretrain": {"loss": [1 / (k + 1) for k in range(80)]}}
+
+    def size(rows):
+        folder = tmp_path / f"{rows}"
+        for k in range(rows):
+            record = example_record(method=f"rule{k}", companions=beside, curves=curves)
+            put(folder / f"{k}" / "seed0.json", record)
+        return len(pages.make_page(gathering.gather([folder]), {}).encode())
+
+    one, two = size(1), size(2)
+    assert one + 19 * (two - one) < 2e6
+
+
+def test_ids_are_told_apart():
+    names = [("a", "b"), ("a b",), ("a-b",), ("A", "b"), ("a", "b", ""), ("a" * 100,), ("a" * 101,), ("ä",), ("ö",)]
+    found = {pages.slug(*name) for name in names} | {pages.slug("a", "b", of="c")}
+    assert len(found) == len(names) + 1 and all(re.fullmatch(r"[a-z0-9-]{1,70}", one) for one in found)
+
+
+def digits():
+    return thumbnails.datasets(["digits", "cifar10", "no such set"], None, Path("nowhere"))[0]
+
+
+def test_pictures_are_of_the_class_that_is_answered_or_of_the_forgotten_images(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
+    assert list(digits()) == ["digits"]  # the others are not at hand, and that is no fault
+    dataset = digits()["digits"]
+    record = example_record()
+    record["protocol"] |= {"dataset": "digits", "forget_class": 0, "train_limit": None, "validation": False}
+    zeros = dataset.train.images[dataset.train.labels == 0]
+    record["companions"] |= {"class_acc": [0.5] * 10}
+    record["companions"]["forgotten_as"] |= {"train": [0, 0, 100, 0, 0, 0, len(zeros) - 100, 0, 0, 0]}
+    likely, other = thumbnails.answers(record, tmp_path / "none.npz", dataset)
+    assert (likely.label, other.label, likely.own) == (2, 6, False) and len(likely.pictures) == thumbnails.EACH
+    assert likely.pictures[0] == thumbnails._address(dataset.train.images[dataset.train.labels == 2][0])
+    said = np.zeros((len(zeros), 10), np.float16)
+    said[:100, 2] = said[100:, 6] = 1
+    np.savez(tmp_path / "kept.npz", forget_train=said, finished_at=record["finished_at"])
+    likely, other = thumbnails.answers(record, tmp_path / "kept.npz", dataset)
+    assert likely.own and other.pictures[0] == thumbnails._address(zeros[100])
+    for changed in ({"forget_train": said[1:]}, {"finished_at": "then"}, {"forget_train": said[:, :3]}):
+        np.savez(tmp_path / "kept.npz", **{"forget_train": said, "finished_at": record["finished_at"]} | changed)
+        assert not thumbnails.answers(record, tmp_path / "kept.npz", dataset)[0].own
+    (tmp_path / "kept.npz").write_bytes(b"PK")
+    assert not thumbnails.answers(record, tmp_path / "kept.npz", dataset)[0].own
+    assert thumbnails.answers(record, tmp_path, None)[0].pictures == []
+
+
+def test_a_page_shows_pictures_with_the_names_of_classes(tmp_path):
+    record = example_record()
+    record["protocol"]["dataset"] = "digits"
+    found = gathering.gather([put(tmp_path / "seed0.json", record)])
+    page = Page(pages.make_page(found, digits()))
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+
+
+def test_plots_go_to_a_folder(report, tmp_path):
+    report(example_record(), arguments=["--plots", str(tmp_path / "plots")])
+    names = {path.suffix for path in (tmp_path / "plots").iterdir()}
+    assert names == {".png", ".svg"} and len(list((tmp_path / "plots").iterdir())) > 4
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    put(tmp_path / "runs" / "seed0.json", example_record())
+    with pytest.raises(UserError, match=r"^cannot write the report "):
+        writing.write_report([tmp_path / "runs"], tmp_path, None, tmp_path)
+    with pytest.raises(UserError, match=r"^cannot write the report "):
+        writing.write_report([tmp_path / "runs"], tmp_path / "runs" / "seed0.json" / "x.html", None, tmp_path)
