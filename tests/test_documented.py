@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -149,8 +150,10 @@ def check(words: list[str]) -> None:
 @pytest.mark.usefixtures("tiny_models", "compile_once")
 @pytest.mark.parametrize("path", [path for path in PAGES if all_of(path)], ids=page_name)
 def test_a_page_runs_from_its_top_to_its_end(path, folder, capsys):
-    if "import matplotlib" in path.read_text():
-        pytest.importorskip("matplotlib")
+    for library in (
+        ("matplotlib", "jinja2") if re.search("import matplotlib|jaxunlearn report", path.read_text()) else ()
+    ):
+        pytest.importorskip(library)
     namespace = {"__name__": "__main__"}
     for block in all_of(path):
         if block.file:
