@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -40,8 +41,8 @@ NOT_RUN = {
 # What is said behind a command's own words, and so in place of them. Of its seeds there is the first, so that a program
 # is compiled once for all pages.
 SMALLER = {
-    "bench": ["--devices", "1"],
-    "tune": ["--devices", "1", "--trials", "2", "--train-limit", "350"],  # of which 320 are trained on, as elsewhere
+    "bench": ["--devices", "1", "--batch-size", "32", "--drop-last"],  # as small benchmarks have it themselves
+    "tune": ["--devices", "1", "--trials", "1", "--train-limit", "350"],  # of which 320 are trained on, as elsewhere
     "audit": ["--devices", "1", "--models", "4", "--together", "1"],
 }
 GROUP = ("retain_finetune",)  # stands for every group of methods
@@ -149,8 +150,10 @@ def check(words: list[str]) -> None:
 @pytest.mark.usefixtures("tiny_models", "compile_once")
 @pytest.mark.parametrize("path", [path for path in PAGES if all_of(path)], ids=page_name)
 def test_a_page_runs_from_its_top_to_its_end(path, folder, capsys):
-    if "import matplotlib" in path.read_text():
-        pytest.importorskip("matplotlib")
+    for library in (
+        ("matplotlib", "jinja2") if re.search("import matplotlib|jaxunlearn report", path.read_text()) else ()
+    ):
+        pytest.importorskip(library)
     namespace = {"__name__": "__main__"}
     for block in all_of(path):
         if block.file:
