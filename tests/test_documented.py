@@ -30,6 +30,7 @@ NOT_RUN = {
     "ruff": "CI does",
     "mypy": "CI does",
     "sphinx-build": "CI does",
+    "tensorboard --logdir": "serves until it is stopped",
     "--init-weights resnet20_cifar10_seed42.npz": "nobody has the file here; weights.md runs with its own",
     "--init-weights vgg16bn_cifar100_seed42.npz": "the same",
     "--init-weights mobilenetv2_fmnist_seed42.npz": "the same",
