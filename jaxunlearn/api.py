@@ -68,7 +68,9 @@ def run(
     unlearn_seeds: int = 1,
     against_retrain: bool | None = None,
     evaluate: str = EVALUATIONS[0],
+    eval_every: int | None = None,
     keep_predictions: bool = False,
+    tensorboard: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
     **protocol: Any,
@@ -99,7 +101,10 @@ def run(
       against_retrain: train `retrain` too, or take it from the cache, and measure how far each method is from it; None:
         where that takes seconds.
       evaluate: "basic", or "full": also a linear probe, relearning and a support vector attack.
+      eval_every: evaluate after every so many epochs of unlearning too, for `curves.evaluated` in the records; what
+        is scored is the last model all the same. None: not on the way.
       keep_predictions: write what each model says of each image beside its record.
+      tensorboard: where event files go, with curves as they come and the metrics; needs tensorboardX. None: nowhere.
       force: overwrite records of other settings and better ones.
       quiet: no progress on a terminal.
       protocol: any field of `jaxunlearn.benchmarks.Protocol`, such as pretrain_epochs=1 or unlearn_lr=1e-4.
@@ -115,6 +120,7 @@ def run(
     from jaxunlearn.runs.running import results
 
     numbers = {"save_every": save_every, "devices": devices or 1, "attempts": attempts, "unlearn_seeds": unlearn_seeds}
+    numbers |= {"eval_every": 1 if eval_every is None else eval_every}
     for name, value in numbers.items():
         if not isinstance(value, int | float if name == "save_every" else int):
             raise UserError(f"{name} {value!r}: it must be a number")
@@ -142,7 +148,9 @@ def run(
             attempts=attempts,
             unlearn_seeds=unlearn_seeds,
             evaluate=evaluate,
+            eval_every=eval_every,
             keep_predictions=keep_predictions,
+            tensorboard=_path("tensorboard", tensorboard),
             force=force,
         )
         prepared = prepare(request, Reporter(quiet))

@@ -1,5 +1,6 @@
-"""Progress bars on stderr for work that takes long; nothing where stderr is no terminal."""
+"""What is said on stderr of work that takes long: bars on a terminal, elsewhere now and then a line."""
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,16 +12,35 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 REFRESH_SECONDS = 1.0  # how often a value is read from the device
+LINE_SECONDS = 60.0, 600.0  # between two lines of a log: first, and at most, for each wait is twice the one before it
+LONG_SECONDS = 600.0  # what takes longer says so once it has run for so many steps and seconds
+MEASURED = 20, 30.0
 
 # (steps of the epoch that are done, metrics [S, steps] of the last ones, ready)
 Report = Callable[[int, dict[str, Any]], None]
 
 
 class Reporter:
-    """Shows one bar at a time. `quiet` shows none."""
+    """Shows one bar at a time, or writes lines where stderr is no terminal. `quiet` says nothing."""
 
     def __init__(self, quiet: bool = False):
         self.shows = not quiet and sys.stderr.isatty()
+        self._quiet = quiet
+        self._later: float | None = None  # images that are still to be trained on after a task; None: nobody knows
+        self._advice, self._times = "", 1
+        self._estimated: list[str] = []  # one line, said once; shared by copies
+
+    def before(self, images: float, advice: str = "") -> "Reporter":
+        """One for a task after which so many images are trained on. It says how long all takes, if it is long."""
+        other = copy.copy(self)
+        other._later, other._advice = images, advice
+        return other
+
+    def repeated(self, times: int) -> "Reporter":
+        """One for the first of so many runs that take equally long."""
+        other = copy.copy(self)
+        other._times = times
+        return other
 
     @contextmanager
     def task(
@@ -41,25 +61,60 @@ class Reporter:
         )
         with Progress(*columns, console=Console(stderr=True), disable=not self.shows, transient=True) as bar:
             shown = bar.add_task(title, total=epochs * steps, completed=first, text="compiling")
-            last = time.monotonic()
+            last, wait = time.monotonic(), REFRESH_SECONDS if self.shows else LINE_SECONDS[0]
             start: tuple[float, int] | None = None  # the first report: what came before was compilation
+
+            def show(text: str, completed: int | None = None) -> None:
+                nonlocal wait
+                if self.shows:
+                    bar.update(shown, text=text, completed=completed)
+                else:
+                    say(f"{title}: {text}")
+                    wait = min(2 * wait, LINE_SECONDS[1])
+
+            def say(line: str) -> None:
+                bar.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
             def of_epoch(epoch: int) -> Report:
                 def report(done: int, metrics: dict[str, Any]) -> None:
                     nonlocal last, start
                     now, steps_done = time.monotonic(), epoch * steps + done
+                    due = not self._quiet and now - last >= wait
                     if epoch < 0:
-                        bar.update(shown, text=f"passes to go: {-epoch}, batch {done}")
+                        if due or self.shows:
+                            last = now
+                            show(f"passes to go: {-epoch}, batch {done}")
                         return
                     start = start or (now, steps_done)
-                    if not self.shows or now - last < REFRESH_SECONDS or steps_done == start[1]:
+                    if self._quiet or steps_done == start[1]:
+                        return
+                    own = (epochs * steps - steps_done) / steps * images
+                    speed = (steps_done - start[1]) / steps * images / max(now - start[0], 1e-9)
+                    left = None if self._later is None else (own + self._later) / speed * self._times
+                    measured = steps_done - start[1] >= MEASURED[0] and now - start[0] >= MEASURED[1]
+                    if left is not None and left >= LONG_SECONDS and measured and not self._estimated:
+                        self._estimated.append(f"about {spoken(left)} to go at {speed:,.0f} images/s{self._advice}")
+                        say(self._estimated[0])
+                    if not due:
                         return
                     last = now
-                    rate = (steps_done - start[1]) / steps * images / (now - start[0])
-                    values = "  ".join(f"{name} {np.mean(value):.3f}" for name, value in metrics.items())
-                    text = f"epoch {epoch + 1}/{epochs}  {values}  {rate:,.0f} images/s"
-                    bar.update(shown, completed=steps_done, text=text)
+                    values = [f"{name} {np.mean(value):.3f}" for name, value in metrics.items()]
+                    whole = [f"epoch {epoch + 1}/{epochs}", *values, f"{speed:,.0f} images/s"]
+                    if not self.shows:
+                        to_go = own / speed if left is None else left
+                        whole = [f"{100 * steps_done // (epochs * steps)}%", *whole, f"about {spoken(to_go)} to go"]
+                    show("  ".join(whole), steps_done)
 
                 return report
 
             yield of_epoch
+
+
+def spoken(seconds: float) -> str:
+    """A time as people say it: 7 min, 2 h 10 min, 35 h."""
+    minutes = max(1, round(seconds / 60))
+    if minutes < 60:
+        return f"{minutes} min"
+    tens = round(minutes / 10) * 10
+    hours, rest = divmod(tens, 60)
+    return f"{hours} h {rest} min" if rest and hours < 10 else f"{round(minutes / 60)} h"

@@ -1,4 +1,4 @@
-"""What a bar shows on a terminal, and that nothing is shown elsewhere."""
+"""What a bar shows on a terminal, and the lines that a log has in its place."""
 
 import io
 import sys
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxunlearn import progress
-from jaxunlearn.progress import Reporter
+from jaxunlearn.progress import Reporter, spoken
 
 
 class Terminal(io.StringIO):
@@ -51,6 +51,49 @@ def test_a_pass_before_the_first_epoch_is_told_and_does_not_move_the_bar(monkeyp
     assert "[ssd]" in text and "passes to go: 2, batch 7" in text and "  0%" in text and "batch 6" not in text
 
 
-@pytest.mark.parametrize(("stderr", "quiet"), [(io.StringIO(), False), (Terminal(), True)])
-def test_nothing_is_shown_without_a_terminal_or_where_quiet_is_asked_for(monkeypatch, clock, stderr, quiet):
-    assert shown(monkeypatch, clock, stderr, quiet) == ""
+def test_nothing_is_shown_where_quiet_is_asked_for(monkeypatch, clock):
+    assert shown(monkeypatch, clock, Terminal(), quiet=True) == ""
+    assert steps_of(monkeypatch, clock, Reporter(quiet=True).before(1e6), io.StringIO(), 60) == ""
+
+
+def steps_of(monkeypatch, clock, reporter, stderr, seconds, epoch=0):
+    """What is said of a task of 80 epochs of 100 steps and 1,000 images, in an epoch, with so many seconds a step."""
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with reporter.task("[scrub]", epochs=80, steps=100, images=1000) as report:
+        for done in range(1, 100):
+            clock[0] += seconds
+            report(epoch)(done, {"loss": np.array([[0.5]])} if epoch >= 0 else {})
+    return stderr.getvalue()
+
+
+def test_a_log_has_few_lines_that_say_how_far_it_is(monkeypatch, clock):
+    assert shown(monkeypatch, clock, io.StringIO()) == ""  # nothing in the first minute
+    lines = steps_of(monkeypatch, clock, Reporter(), io.StringIO(), 10).splitlines()
+    assert lines[0] == "[scrub]: 0%  epoch 1/80  loss 0.500  1 images/s  about 22 h to go"
+    assert len(lines) == 4  # after one, three, seven and fifteen minutes
+    passes = steps_of(monkeypatch, clock, Reporter(), io.StringIO(), 1, epoch=-2)
+    assert passes == "[scrub]: passes to go: 2, batch 60\n"
+
+
+@pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
+def test_what_takes_long_says_so_once_and_counts_what_comes_after(monkeypatch, clock, stderr):
+    whole = Reporter()
+    first = steps_of(monkeypatch, clock, whole.before(72_000, "; try less"), stderr(), 0.5)
+    assert first.count("about ") == 1  # 80,000 - 610 and 72,000 images, twenty a second
+    assert "about 2 h 10 min to go at 20 images/s; try less" in first
+    assert "try less" not in steps_of(monkeypatch, clock, whole.before(72_000, "; try less"), stderr(), 0.5)
+
+
+def test_what_is_done_soon_or_nobody_knows_is_not_told(monkeypatch, clock):
+    assert steps_of(monkeypatch, clock, Reporter().before(0), io.StringIO(), 0.05) == ""
+    assert steps_of(monkeypatch, clock, Reporter(), io.StringIO(), 0.5) == ""
+    several = Reporter().before(0).repeated(8)
+    assert "about 35 min to go" not in (said := steps_of(monkeypatch, clock, several, io.StringIO(), 0.35)) and said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(5, "1 min"), (600, "10 min"), (3500, "58 min"), (3900, "1 h"), (7800, "2 h 10 min"), (126_000, "35 h")],
+)
+def test_times_are_said_as_people_say_them(seconds, said):
+    assert spoken(seconds) == said

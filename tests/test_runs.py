@@ -78,6 +78,14 @@ def test_a_run_leaves_whole_records(tmp_path):
     assert records[0]["before"] == records[2]["before"] != records[1]["before"]
 
 
+def test_what_is_to_be_done_is_counted_in_images(tmp_path):
+    asked = {"method": "retrain retain_finetune output_mask", "seeds": (1, 2), "unlearn_seeds": 2}
+    run = prepare(request_of(tmp_path, **asked), QUIET)
+    answers = run.evaluator.steps * 500 / 3
+    work = [2 * (3 * 270 + answers), 4 * (2 * (64 + 30) + answers), 2 * answers]  # 30 of 300 images are of the class
+    assert [run.work(group) for group in run.groups] == work
+
+
 def test_a_second_run_does_not_train_and_agrees_to_the_bit(tmp_path, monkeypatch):
     first = results(request_of(tmp_path))
     monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("trained again"))

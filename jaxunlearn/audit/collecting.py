@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,16 +59,19 @@ def collect(request: Request, together: int, reporter: Reporter) -> Iterator[str
 
     to_do = [seed for seed in request.seeds if missing(seed)]
     for path in (request.record_path(method, seed) for seed in to_do for method in missing(seed)):
-        if not request.force and _in_full(path):  # before anything is trained: a run would keep it
-            remedy = "run bench with --evaluate full --keep-predictions, or pass --force to replace it"
-            raise UserError(f"{path} was evaluated in full, and what its model says was not kept: {remedy}")
+        if not request.force and _knows_more(path):  # before anything is trained: a run would keep it
+            remedy = "run bench with the same and --keep-predictions, or pass --force to replace it"
+            raise UserError(
+                f"{path} was evaluated in full or with --eval-every, and what its model says was not kept: {remedy}"
+            )
     for first in range(0, len(to_do), together):
         seeds = to_do[first : first + together]
         # Always with `retrain`, which the others are compared with: a record without that replaces none with it.
         wanted = {RETRAIN, *(method.name for seed in seeds for method in missing(seed))}
         chosen = [method for method in request.methods if method.name in wanted]
         run = dataclasses.replace(request, seeds=seeds, methods=chosen, keep_predictions=True)
-        yield from (kept for _, kept in results(prepare(run, reporter)) if kept)
+        rest = reporter.repeated(math.ceil((len(to_do) - first) / together))
+        yield from (kept for _, kept in results(prepare(run, rest)) if kept)
         gc.collect()  # programs hold each other: a gigabyte and more a group that Python would get round to late
         for seed in seeds:
             for method in missing(seed):
@@ -103,13 +107,14 @@ def find(request: Request, method: Method, seed: int) -> dict[str, Any] | None:
     return record
 
 
-def _in_full(path: Path) -> bool:
-    """Whether there is a record of a model that was evaluated in full."""
+def _knows_more(path: Path) -> bool:
+    """Whether there is a record of a model that says more than those of an audit do."""
     try:
-        companions = records.read(path)["companions"]
+        record = records.read(path)
     except UserError:
         return False
-    return companions is not None and companions["full"] is not None
+    in_full = record["companions"] is not None and record["companions"]["full"] is not None
+    return in_full or record["curves"]["evaluated"] is not None
 
 
 def load(request: Request, method: Method) -> tuple[list[Record], Models]:

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=EVALUATIONS[0],
         help="full: also a linear probe, relearning and a support vector attack (default: %(default)s)",
     )
+    add(
+        "--eval-every",
+        type=int,
+        metavar="K",
+        help="evaluate after every K epochs of unlearning too, for the curve in the records; scored is the last model",
+    )
     add_protocol(parser, SWITCHES).add_argument(
         "--init-weights",
         type=Path,
@@ -66,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write what each model says of each image, log-probabilities in float16, beside its record as .npz",
     )
+    where.add_argument("--tensorboard", type=Path, metavar="DIR", help="write event files (needs tensorboardX)")
     add_processes(parser)
     add_output(parser, "overwrite records").add_argument(
         "--report", type=Path, metavar="FILE.html", help="make a page of the results to look at (see `report --help`)"
@@ -108,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
             init_weights=args.init_weights,
             export_weights=args.export_weights,
             evaluate=args.evaluate,
+            eval_every=args.eval_every,
             keep_predictions=args.keep_predictions,
+            tensorboard=args.tensorboard,
             force=args.force,
         )
         prepared = prepare(request, Reporter(args.quiet))

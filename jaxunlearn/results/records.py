@@ -78,7 +78,7 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
 
     An old record is replaced if `force`, or if it has the same protocol and hyperparameters and is not better: in
     status ("ok" is better than any other), as one of the official images where the new one is of others, or as one that
-    is compared with a retrained model or evaluated in full where the new one is not.
+    is compared with a retrained model, evaluated in full or evaluated on the way where the new one is not.
 
     Returns:
       Whether the record was written; False means the old one was kept.
@@ -175,11 +175,13 @@ def _check_depth(value: Any, levels: int) -> None:
 
 
 def _extras(record: Mapping[str, Any]) -> set[str]:
-    """Which of the companions that not every run computes are there."""
+    """Which of what not every run computes is there."""
     beside = record.get("companions")  # older records have none
     if record["status"] != "ok" or not isinstance(beside, dict):
         return set()
-    return {name for name in ("against_retrain", "full") if beside.get(name) is not None}
+    extras = {name for name in ("against_retrain", "full") if beside.get(name) is not None}
+    curves = record.get("curves")
+    return extras | ({"evaluated"} if isinstance(curves, dict) and curves.get("evaluated") is not None else set())
 
 
 def _verified(record: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ def command_of(request: Request, method: Method) -> str | None:
     if method.name != RETRAIN and compares != with_retrain(request.bench, None):
         words.append("--against-retrain" if compares else "--no-against-retrain")
     words += ["--evaluate", request.evaluate] if request.evaluate != EVALUATIONS[0] else []
+    words += ["--eval-every", str(request.eval_every)] if request.eval_every else []
     words += _protocol_words(request) + _set_words(method)
     return shlex.join(words + _where_words(request))
 

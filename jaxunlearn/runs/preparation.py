@@ -16,7 +16,7 @@ from jaxunlearn.devices.configuration import unused_gpu
 from jaxunlearn.devices.processes import all_or_none, check_agreement, leads
 from jaxunlearn.devices.sharding import make_mesh, place_shared
 from jaxunlearn.errors import UserError
-from jaxunlearn.evaluation.predictions import Evaluator
+from jaxunlearn.evaluation.predictions import BATCH_SIZE, Evaluator
 from jaxunlearn.evaluation.relearning import Relearning
 from jaxunlearn.files import LOCK_REMEDY, check_lockable, check_writable
 from jaxunlearn.methods.rule import Context
@@ -27,6 +27,7 @@ from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import RETRAIN, build_rule, names
 from jaxunlearn.results.environment import environment
 from jaxunlearn.results.records import check_overwrite
+from jaxunlearn.runs.event_files import EventFiles, check_tensorboard
 from jaxunlearn.runs.groups import Group, alike, differing, first_of_each, grouped, titled
 from jaxunlearn.runs.request import Request
 from jaxunlearn.training.checking import check_rule
@@ -52,6 +53,7 @@ class Prepared:
     verified: bool  # whether that is the official one's
     evaluator: Evaluator
     relearning: Relearning | None  # where the models are evaluated in full
+    events: EventFiles | None  # where they are asked for, in the process that writes
     groups: list[Group] = dataclasses.field(default_factory=list)
     unlearnings: dict[str, Unlearning] = dataclasses.field(default_factory=dict)  # by title, until it is done
 
@@ -70,6 +72,14 @@ class Prepared:
     def count(self, group: Group) -> int:
         """How many models a group makes."""
         return len(self.keys) * self.request.draws(group.method) * len(group.methods)
+
+    def work(self, group: Group) -> float:
+        """On how many images a group's models are trained; those that they are only asked about count a third."""
+        if group.method.name == RETRAIN:
+            epochs, images = self.request.protocol.pretrain_epochs, sum(self.batches(len(self.split.retain), "retain"))
+        else:
+            epochs, images = (own := self.unlearnings[group.title]).epochs, own.images_per_epoch
+        return self.count(group) * (epochs * images + self.evaluator.steps * BATCH_SIZE / 3)
 
     def batches(self, count: int, kind: str) -> list[int]:
         """The sizes of the batches of an epoch of (re)training on so many images of this `kind`."""
@@ -98,6 +108,8 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
         )
     if request.evaluate not in EVALUATIONS:
         raise UserError(f"--evaluate {request.evaluate}: choose from {', '.join(EVALUATIONS)}")
+    if request.eval_every is not None and request.eval_every < 1:
+        raise UserError(f"--eval-every {request.eval_every}: it must be at least 1")
     if request.attempts < 1:
         raise UserError(f"--attempts {request.attempts}: it must be at least 1")
     num_classes = DATASETS[protocol.dataset].num_classes
@@ -148,6 +160,7 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             dataset.verified,
             evaluator,
             relearning,
+            EventFiles(request.tensorboard) if request.tensorboard and leads() else None,
         )
         for count, kind in ((len(chosen.labels), "training"), (len(split.retain), "retain")):
             prepared.batches(count, kind)  # raises where they make no batch
@@ -185,7 +198,9 @@ def _groups(run: Prepared) -> list[Group]:
 
 def _check_outputs(request: Request) -> None:
     """Raises UserError where the results of a run could not be written."""
-    for folder in filter(None, (request.out, request.cache_dir, request.export_weights)):
+    if request.tensorboard:
+        check_tensorboard()
+    for folder in filter(None, (request.out, request.cache_dir, request.export_weights, request.tensorboard)):
         check_writable(folder)
     check_lockable(request.cache_dir, LOCK_REMEDY)
     protocol = dataclasses.asdict(request.protocol)

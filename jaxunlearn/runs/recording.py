@@ -11,6 +11,7 @@ from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.results.schema import VERSION
 from jaxunlearn.runs.command_line import command_of
 from jaxunlearn.runs.preparation import Prepared
+from jaxunlearn.runs.scoring import ON_THE_WAY
 from jaxunlearn.training.pretrained import Models
 
 Worth = Mapping[str, Any]  # metrics, and companions
@@ -73,7 +74,9 @@ def make_record(
         "curves": {
             "pretrain": pretrained.curves[i] or None,
             "unlearn": unlearned.curves[index] or None,
-            "evaluated": None,
+            "evaluated": None
+            if untrained_in
+            else _evaluated(run, method, steps, (before, result), unlearned.evaluated[index]),
         },
         "scored": "last",
         "flags": dict.fromkeys(marks) | {"collapsed": False} if untrained_in else marks,
@@ -91,6 +94,19 @@ def make_record(
         "untrained_in": untrained_in,
         "attempts": attempts,
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _evaluated(
+    run: Prepared, method: Method, steps: int, ends: tuple[Worth, Worth], between: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What a model was worth before its first epoch, on the way and after the last; None where nobody asked, where
+    there are no epochs, and of `retrain`, which begins elsewhere."""
+    if not run.request.eval_every or not steps or method.name == RETRAIN:
+        return None
+    first, last = ends
+    return {"epoch": [0, *between.get("epoch", []), run.request.protocol.unlearn_epochs]} | {
+        name: [first[name], *between.get(name, []), last[name]] for name in ON_THE_WAY
     }
 
 

@@ -59,7 +59,9 @@ class Request:
     attempts: int = ATTEMPTS  # at most, at pretraining a seed that learns nothing
     unlearn_seeds: int = 1  # unlearnings of each original
     evaluate: str = EVALUATIONS[0]
+    eval_every: int | None = None  # epochs of unlearning between two evaluations on the way; None: there are none
     keep_predictions: bool = False
+    tensorboard: Path | None = None  # where event files go
     force: bool = False
     together: int | None = None  # at most so many variants of a rule at once; None: on a CPU one, else all
     once: bool = False  # whoever asks will not ask again for what is done: nothing of it is kept to go on from
@@ -96,7 +98,7 @@ class Request:
         """What every process of a run must have been told alike."""
         methods = [(method.name, method.hyperparameters, method.source) for method in self.methods]
         told = self.devices, self.deterministic, self.attempts, self.export_weights is not None
-        asked = self.unlearn_seeds, self.evaluate, self.keep_predictions, self.together
+        asked = self.unlearn_seeds, self.evaluate, self.eval_every, self.keep_predictions, self.together
         return self.bench, self.protocol, methods, self.seeds, *told, *asked
 
     def weights_path(self, record: Path) -> Path | None:

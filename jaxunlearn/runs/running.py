@@ -3,8 +3,9 @@
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxunlearn.evaluation.predictions import packed
 from jaxunlearn.files import write_atomically
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
+from jaxunlearn.progress import Reporter
 from jaxunlearn.registry import PRETRAINED, RETRAIN, Method
 from jaxunlearn.results import records
 from jaxunlearn.runs.compiling import EVALUATE, RELEARN, compiled_ahead
@@ -30,7 +32,9 @@ from jaxunlearn.training.checkpoints import Entry, discard, locked, pretrain_ent
 from jaxunlearn.training.judging import judge_of
 from jaxunlearn.training.pretrained import Models, repeated
 from jaxunlearn.training.pretraining import Pretraining
-from jaxunlearn.training.resuming import Redraw, Start, train
+from jaxunlearn.training.resuming import Redraw, Start, Told, Watch, train
+
+SHORTER = "; for a shorter try: --pretrain-epochs 1 --unlearn-epochs 1 --train-limit 5000"
 
 
 def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
@@ -41,7 +45,10 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         stack.enter_context(computing(request.protocol.precision))
         stack.enter_context(jax.set_mesh(run.mesh))
         ahead = stack.enter_context(compiled_ahead(run))
-        pretrained = run.given or _train_or_load(run, without=None)
+        if run.events:
+            stack.enter_context(closing(run.events))
+        work = [run.work(group) for group in run.groups]
+        pretrained = run.given or _train_or_load(run, None, run.reporter.before(sum(work), SHORTER))
         ahead.ready(EVALUATE)
         ahead.ready(RELEARN)
         scorer = Scorer(run)
@@ -55,16 +62,17 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         if not request.once:  # all at once: two processes must not wait for each other
             stack.enter_context(locked(_of_first_draws(unfinished)))
         before: list[dict[str, Any]] = []
-        for group in run.groups:
+        for number, group in enumerate(run.groups):
             run.timing.clear()
+            reporter = run.reporter.before(sum(work[number + 1 :]))
             own = entries.get(group.title, [])
             with locked(_of_first_draws(own) if request.once else []):
                 if group.method.name == RETRAIN:  # the first of them
-                    asked = scorer.compare_with(_train_or_load(run, without=request.protocol.forget_class))
+                    asked = scorer.compare_with(_train_or_load(run, request.protocol.forget_class, reporter))
                     steps = len(run.batches(len(run.split.retain), "retain")) * request.protocol.pretrain_epochs
                 else:
                     ahead.ready(group.title)
-                    asked = scorer.ask(_unlearn(run, group, own, pretrained))
+                    asked = scorer.ask(_unlearn(run, group, own, pretrained, scorer, reporter))
                     steps = run.unlearnings.pop(group.title).steps  # what it has compiled goes with it
                 if not before:
                     before = [scorer.worth(originals, i) for i in range(len(request.seeds))]
@@ -73,6 +81,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
                     reference = None if method.name == RETRAIN else scorer.reference(index)  # it has no better one
                     worth = before[i], after[index], reference and reference[1]
                     record = make_record(run, method, index, (pretrained, asked.models), worth, steps, common)
+                    _keep_events(run, group, index, record)
                     yield record, _keep(run, method, index, record, asked)
                 if request.once:
                     _discard(own)
@@ -134,6 +143,41 @@ def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], ask
     return None
 
 
+def _keep_events(run: Prepared, group: Group, index: int, record: dict[str, Any]) -> None:
+    """Adds what a record knows to the event files, if there are any."""
+    if run.events:
+        original = _name(run, run.request.originals_path(record["seed"]))
+        run.events.add_curve(original, "pretrain", record["curves"]["pretrain"] or {})
+        run.events.close_one(original)
+        run.events.finish(_names(run, group)[index], record, _phase(group))
+
+
+def _name(run: Prepared, record: Path) -> Path:
+    return record.relative_to(run.request.out).with_suffix("")
+
+
+def _names(run: Prepared, group: Group) -> list[Path]:
+    """Of the models of a group, by their index."""
+    request, draws = run.request, range(run.request.draws(group.method))
+    each = itertools.product(group.methods, draws, request.seeds)
+    return [_name(run, request.record_path(method, seed, draw)) for method, draw, seed in each]
+
+
+def _phase(group: Group) -> str:
+    return RETRAIN if group.method.name == RETRAIN else "unlearn"
+
+
+def _teller(run: Prepared, names: Sequence[Path], phase: str) -> Told:
+    """What tells the event files, if there are any, of the training of the models with these names."""
+
+    def told(index: int, attempt: int, epoch: int, means: dict[str, float | None]) -> None:
+        own = f"{phase}-attempt{attempt + 1}" if attempt else phase
+        if run.events:
+            run.events.add(names[index], epoch, {f"{own}/{name}": value for name, value in means.items()})
+
+    return told
+
+
 def _keep_originals(run: Prepared, originals: Asked) -> None:
     """Writes what the pretrained models say, if asked to, but for those that diverged or learned nothing."""
     if not (run.request.keep_predictions and leads()):
@@ -157,7 +201,7 @@ def _written(name: str) -> Iterator[None]:
         raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
 
 
-def _train_or_load(run: Prepared, without: int | None) -> Models:
+def _train_or_load(run: Prepared, without: int | None, reporter: Reporter) -> Models:
     request = run.request
     indices = np.arange(len(run.train.labels)) if without is None else run.split.retain
     labels = fetch(run.train.labels)[indices]
@@ -172,13 +216,21 @@ def _train_or_load(run: Prepared, without: int | None) -> Models:
         pretraining = Pretraining(run.network, request.protocol, run.train, indices, mesh, run.timing)
         return Start(pretraining, pretraining.start)
 
+    if without is None:
+        names = [_name(run, request.originals_path(seed)) for seed in request.seeds]
+    else:
+        names = _names(run, next(group for group in run.groups if group.method.name == RETRAIN))
     entries = [entry(i, 0) for i in range(len(request.seeds))]
     redraw = Redraw(judge, request.attempts, entry) if judge else None
     with locked(entries):  # those of further attempts are nobody's who has not locked the first
-        return _to_the_end(run, start, entries, "pretrain" if without is None else RETRAIN, redraw=redraw)
+        title = "pretrain" if without is None else RETRAIN
+        told = _teller(run, names, title)
+        return _to_the_end(run, start, entries, reporter, title, redraw=redraw, told=told)
 
 
-def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: Models) -> Models:
+def _unlearn(
+    run: Prepared, group: Group, entries: Sequence[Entry], pretrained: Models, scorer: Scorer, reporter: Reporter
+) -> Models:
     """Every seed's model unlearned by each method of a group: all seeds of its first draw, of its second, ..., then the
     next method's."""
     count, total = len(run.keys), run.count(group)
@@ -199,7 +251,20 @@ def _unlearn(run: Prepared, group: Group, entries: Sequence[Entry], pretrained: 
         numbers = {name: [own[name] for own in variants] for name in group.numbers}
         return Start(unlearning, partial(unlearning.start, params, batch_stats, numbers=numbers))
 
-    return _to_the_end(run, start, entries, group.title, run.request.draws(group.method))
+    names = _names(run, group)
+
+    def worth(places: Sequence[int], epoch: int, state: Any) -> list[dict[str, float | None]]:
+        found = scorer.on_the_way(places, state)
+        for place, own in zip(places, found, strict=True):
+            if run.events:
+                run.events.add(names[place], epoch, {f"evaluated/{name}": value for name, value in own.items()})
+        return found
+
+    watch = Watch(run.request.eval_every, worth) if run.request.eval_every else None
+    told = _teller(run, names, "unlearn")
+    return _to_the_end(
+        run, start, entries, reporter, group.title, run.request.draws(group.method), watch=watch, told=told
+    )
 
 
 def _unlearn_entries(run: Prepared, group: Group, pretrained: Models) -> list[Entry]:
@@ -217,11 +282,14 @@ def _to_the_end(
     run: Prepared,
     start: Callable[[list[int]], Start],
     entries: Sequence[Entry],
+    reporter: Reporter,
     title: str,
     draws: int = 1,
     redraw: Redraw | None = None,
+    watch: Watch | None = None,
+    told: Told = lambda *_: None,
 ) -> Models:
     request, count = run.request, len(run.request.seeds)
     seeds = [(request.seeds[i % count], i // count % draws) for i in range(len(entries))]
-    trained = train(start, entries, seeds, run.mesh, run.reporter, title, request.save_every, redraw)
+    trained = train(start, entries, seeds, run.mesh, reporter, title, request.save_every, redraw, watch, told)
     return Models(trained.state.params, trained.state.batch_stats, *trained[1:])

@@ -1,9 +1,10 @@
 """What models are worth: asked on the device all seeds together, judged on the host one by one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxunlearn.devices.sharding import place_seeds
 from jaxunlearn.evaluation.companions import Companions, compared
@@ -12,6 +13,8 @@ from jaxunlearn.progress import Report
 from jaxunlearn.registry import RETRAIN
 from jaxunlearn.runs.preparation import Prepared
 from jaxunlearn.training.pretrained import Models
+
+ON_THE_WAY = ("retain_acc", "forget_acc", "forget_mia_auc", "unlearn_score", "symmetric_score")
 
 
 class Asked(NamedTuple):
@@ -62,6 +65,22 @@ class Scorer:
                 results += [self._alone(*one) for one in zip(said, before, curves, strict=True)]
             predictions += [own._replace(features=None) for own in said]  # large, and not needed any more
         return Asked(models, predictions, results)
+
+    def on_the_way(self, places: Sequence[int], state: Any) -> list[dict[str, float | None]]:
+        """The metrics `ON_THE_WAY` of models that are being trained: of draws of all seeds in a row those at `places`.
+
+        Runs what `ask` does: where not all seeds of a draw are there, one of them stands in for the others.
+        """
+        run, found = self._run, dict[int, dict[str, Any]]()
+        with run.timing("evaluate_s"), jax.set_mesh(run.mesh):
+            for draw in dict.fromkeys(place // self._count for place in places):
+                rows = {place % self._count: row for row, place in enumerate(places) if place // self._count == draw}
+                chosen = np.array([rows.get(seed, min(rows.values())) for seed in range(self._count)])
+                models = jax.tree.map(lambda x, rows=chosen: x[rows], (state.params, state.batch_stats))
+                params, batch_stats = place_seeds(models, run.mesh)
+                said = run.evaluator.predict(params, batch_stats, run.keys)
+                found |= {row: self._companions.metrics(said[seed]) for seed, row in rows.items()}
+        return [{name: found[row][name] for name in ON_THE_WAY} for row in range(len(places))]
 
     def reference(self, index: int, method: str = "") -> tuple[int, dict[str, Any]] | None:
         """Which retrained model the one at `index` is compared with, by its place, and its result; None: with none.

@@ -47,6 +47,7 @@ class Position(NamedTuple):
 
 
 Sums = dict[str, list[float | None]]  # of a metric over the steps of each epoch, the last perhaps not whole
+Evaluated = dict[str, list[Any]]  # "epoch", and what a model was worth after each of these; empty: nobody asked
 
 
 class Saved(NamedTuple):
@@ -58,6 +59,7 @@ class Saved(NamedTuple):
     diverged: int | None  # the first step whose loss, or after which a weight, was not finite
     sums: Sums  # of the metrics; None where they are not known or not finite
     prepared: float = 0.0  # of the seconds, those before the first epoch
+    evaluated: Evaluated = {}  # noqa: RUF012 -- read only
 
 
 class Entry(NamedTuple):
@@ -224,7 +226,7 @@ def load(entry: Entry, position: Position, abstract: Shapes) -> Saved | None:
         leaves = _orbax().restore(path)
         leaves |= {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if not x.size}
         known = about.get("seconds", 0.0), about.get("diverged"), about.get("sums", {}), about.get("prepared", 0.0)
-        saved = Saved(leaves, position, *known)
+        saved = Saved(leaves, position, *known, about.get("evaluated", {}))
         if about.get("digest") != _digest(entry, saved):
             raise ValueError("it is not what was written")
         if about.get("precision") == "fp32" and about.get("device", "cpu") != "cpu" and "arithmetic" not in about:
@@ -248,7 +250,7 @@ def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
     try:
         for entry, one in zip(entries, saved, strict=True):
             written: dict[str, Any] = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
-            written |= {"sums": one.sums, "prepared": one.prepared}
+            written |= {"sums": one.sums, "prepared": one.prepared, "evaluated": one.evaluated}
             written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
             written |= {"arithmetic": entry.about["precision"]}  # before, GPUs' fp32 was TF32
             leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
@@ -297,7 +299,7 @@ def _clean(entry: Entry) -> None:
 def _digest(entry: Entry, saved: Saved) -> str:
     """SHA-256 of all that a checkpoint means."""
     about = [entry.about, saved.position, saved.seconds, saved.diverged]
-    about += [known for known in (saved.sums, saved.prepared) if known]  # older checkpoints have none
+    about += [known for known in (saved.sums, saved.prepared, saved.evaluated) if known]  # older ones have none
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, leaf in sorted(saved.leaves.items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())

@@ -14,6 +14,7 @@ from jaxunlearn.models.network import Network
 from jaxunlearn.models.state_dicts import normalisation
 from jaxunlearn.models.torch_weights import fit_weights
 from jaxunlearn.models.weight_files import read_weights
+from jaxunlearn.training.checkpoints import Evaluated
 
 Curves = dict[str, list[float | None]]  # of a metric, its mean over the steps of each whole epoch; None: not known
 
@@ -29,6 +30,7 @@ class Models(NamedTuple):
     attempts: list[int]  # at training it; 0 where it was given
     curves: list[Curves]  # of its training; empty where no metric is known, as of a model that was given
     prepared: list[float]  # of the seconds, those before the first epoch
+    evaluated: list[Evaluated]  # what each was worth on the way; empty where nobody asked
 
 
 def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
@@ -44,6 +46,7 @@ def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
         models.attempts * times,
         [{}] * count,
         [0.0] * count,
+        [{}] * count,
     )
 
 
@@ -74,4 +77,5 @@ def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh
         [0] * num_seeds,
         [{}] * num_seeds,
         [0.0] * num_seeds,
+        [{}] * num_seeds,
     )

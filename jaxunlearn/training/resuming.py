@@ -13,7 +13,7 @@ import numpy as np
 from jaxunlearn.devices.processes import anywhere, from_leader, leads
 from jaxunlearn.progress import Report, Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.training.checkpoints import Entry, Leaves, Position, Saved, Shapes, load_together, sums_at
+from jaxunlearn.training.checkpoints import Entry, Evaluated, Leaves, Position, Saved, Shapes, load_together, sums_at
 from jaxunlearn.training.judging import Judge
 from jaxunlearn.training.loop import Keeper, Timing
 from jaxunlearn.training.pretrained import Curves
@@ -57,6 +57,17 @@ class Redraw(NamedTuple):
     entry: Callable[[int, int], Entry]  # of one of the seeds, by its attempt, from 0
 
 
+class Watch(NamedTuple):
+    """What looks at models on the way: after `every` epochs, but not after the last. It changes nothing."""
+
+    every: int
+    worth: Callable[[Sequence[int], int, Any], list[dict[str, float | None]]]  # of these seeds, after an epoch, state
+
+
+# Told (which of the seeds, its attempt from 0, after how many epochs, each metric's mean over the last one's steps).
+Told = Callable[[int, int, int, dict[str, float | None]], None]
+
+
 class Trained(NamedTuple):
     """States at the end, the seed axis in front, and by seed what came of it."""
 
@@ -67,6 +78,7 @@ class Trained(NamedTuple):
     attempts: list[int]  # how many there were
     curves: list[Curves]  # empty where no metric is known
     prepared: list[float]  # of the seconds, those before the first epoch
+    evaluated: list[Evaluated]  # what was found on the way
 
 
 def train(
@@ -78,6 +90,8 @@ def train(
     title: str,
     save_every: float,
     redraw: Redraw | None = None,
+    watch: Watch | None = None,
+    told: Told = lambda *_: None,
 ) -> Trained:
     """Brings the entry of every seed, `locked` by the caller, to its last epoch. The states are placed on `mesh`.
 
@@ -108,7 +122,14 @@ def train(
             state = on_device(leaves, abstract(keeper.position), training.mesh) if before else None
             own_seeds, draws = zip(*(seeds[i] for i in group), strict=True)
             keys = seed_keys(own_seeds, [attempts[i] for i in group], draws)
-            results = _advance(training, state, first_state, keys, keeper, reporter, title, until, judge)
+            given = training, state, first_state, keys, keeper
+
+            def tell(epoch: int) -> None:
+                for i, sums in zip(group, keeper.sums, strict=True):
+                    own = {name: values[epoch - 1] for name, values in sums.items()}
+                    told(i, attempts[i], epoch, {name: x and x / training.steps_per_epoch for name, x in own.items()})
+
+            results = _advance(*given, reporter, title, until, judge, watch, tell, group)
         for i, result in zip(group, results, strict=True):
             saved[i] = result
 
@@ -135,6 +156,7 @@ def train(
         [attempt + 1 for attempt in attempts],
         [_curves(one, whole.training.steps_per_epoch) for one in done],
         [one.prepared for one in done],
+        [one.evaluated for one in done],
     )
 
 
@@ -175,6 +197,9 @@ def _advance(
     title: str,
     until: int,
     judge: Judge | None,
+    watch: Watch | None,
+    tell: Callable[[int], None],
+    group: Sequence[int],
 ) -> list[Saved]:
     """A group's states after epoch `until`, or after the judge's where one has learned nothing."""
     steps, (epoch, first) = training.steps_per_epoch, keeper.position
@@ -191,6 +216,9 @@ def _advance(
             keeper.enter(Position(epoch, 0))
             if epoch > 0:
                 keeper.note_weights(state, epoch * steps - 1)
+                tell(epoch)
+            if watch and 0 < epoch < training.epochs and epoch % watch.every == 0:
+                keeper.note_worth(epoch, watch.worth(group, epoch, state))
             if judge and epoch == judge.epoch and any(map(judge.shows, keeper.sums)):
                 break
             if keeper.due():

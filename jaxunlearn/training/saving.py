@@ -18,7 +18,7 @@ import numpy as np
 from jaxunlearn.devices.processes import anywhere, leads, meet
 from jaxunlearn.devices.sharding import fetch
 from jaxunlearn.errors import one_line
-from jaxunlearn.training.checkpoints import Entry, Position, Saved, Sums, save_together
+from jaxunlearn.training.checkpoints import Entry, Evaluated, Position, Saved, Sums, save_together
 from jaxunlearn.training.loop import Timing
 from jaxunlearn.training.states import leaves_of, to_host
 
@@ -38,6 +38,7 @@ class Saving:
         self.position = before[0].position if before else Position(-passes, 0)  # where the running epoch was entered
         self.diverged = [one.diverged for one in before] or [None] * len(entries)
         self.sums: list[Sums] = [one.sums for one in before] or [{}] * len(entries)
+        self._evaluated: list[Evaluated] = [one.evaluated for one in before] or [{}] * len(entries)
         self.stopping: Callable[[], bool] = lambda: False
         self._entries, self._steps, self._timing, self._every = entries, steps, timing, every
         self._seconds = [one.seconds for one in before] or [0.0] * len(entries)
@@ -79,8 +80,8 @@ class Saving:
     def _save(self, state: Any, position: Position) -> None:
         spent, states = self._spent(), to_host(state, len(self._entries))
         self._saved = [
-            Saved(leaves_of(one), position, spent[i], self.diverged[i], self.sums[i], self._prepared[i])
-            for i, one in enumerate(states)
+            Saved(leaves_of(one), position, spent[i], self.diverged[i], self.sums[i], self._prepared[i], evaluated)
+            for i, (one, evaluated) in enumerate(zip(states, self._evaluated, strict=True))
         ]
         self._wait()
         if leads():
@@ -112,6 +113,14 @@ class Saving:
             step if known is None and not fine else known for known, fine in zip(self.diverged, finite, strict=True)
         ]
 
+    def note_worth(self, epoch: int, worth: Sequence[Mapping[str, float | None]]) -> None:
+        """Adds what each model is worth after so many epochs: nothing can be said of one that has diverged."""
+        each = zip(self._evaluated, worth, self.diverged, strict=True)
+        self._evaluated = [
+            {name: [*known.get(name, []), value] for name, value in _said(epoch, own, diverged).items()}
+            for known, own, diverged in each
+        ]
+
     def finish(self) -> list[Saved]:
         """What was saved last, once it is written."""
         with self._timing("checkpoint_s"):
@@ -131,7 +140,11 @@ class Saving:
             warnings.warn(f"a checkpoint was not written ({one_line(error)}): the run goes on without", stacklevel=2)
 
     def _overhead(self) -> float:
-        return sum(self._timing.get(name, 0.0) for name in ("compile_s", "checkpoint_s"))
+        return sum(self._timing.get(name, 0.0) for name in ("compile_s", "checkpoint_s", "evaluate_s"))
+
+
+def _said(epoch: int, worth: Mapping[str, float | None], diverged: int | None) -> dict[str, Any]:
+    return {"epoch": epoch} | {name: value if diverged is None else None for name, value in worth.items()}
 
 
 def _added(sums: Sums, metrics: Mapping[str, np.ndarray], entered: Position) -> Sums:
