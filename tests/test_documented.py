@@ -35,6 +35,7 @@ NOT_RUN = {
     "--init-weights vgg16bn_cifar100_seed42.npz": "the same",
     "--init-weights mobilenetv2_fmnist_seed42.npz": "the same",
     "--models 32 --plot": "as many models as it takes are many; the tutorial runs an audit",
+    "--plots figures": "draws all figures twice; the page draws them before, and test_report.py runs it",
     "jaxunlearn speed": "times programs for minutes; test_speed.py",
     "jaxunlearn parity": "needs PyTorch; test_parity.py",
     "jaxunlearn gpu-check": "needs a GPU; test_gpu_check.py",
