@@ -147,9 +147,8 @@ def get_benchmark(name: str) -> Protocol:
     if name in BENCHMARKS:
         return BENCHMARKS[name]
 
-    def likeness(
-        known: str,
-    ) -> float:  # part by part: as wholes, names of longer data sets are unlike what is cut short
+    # Part by part: as wholes, names of longer data sets are unlike what is cut short.
+    def likeness(known: str) -> float:
         return sum(
             max(difflib.SequenceMatcher(None, part, other).ratio() for other in known.split("-"))
             for part in name.split("-")

@@ -245,3 +245,10 @@ def test_of_each_class_the_last_tenth_is_held_out():
     np.testing.assert_array_equal(train.labels, labels[train.images.ravel()])
     with pytest.raises(UserError, match="--validation: class 2 has a single training image"):
         datasets.held_out(ImageSet(images[:40], labels[:40]), 3)
+
+
+def test_what_nobody_publishes_is_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
+    monkeypatch.setitem(DATASETS, "flowers", dataclasses.replace(DATASETS["cifar10"], tfds_name=""))
+    with pytest.raises(UserError, match=r"^no flowers in the usual places: name what holds .* cannot be downloaded "):
+        datasets.load("flowers", None, tmp_path)

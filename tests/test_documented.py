@@ -139,6 +139,9 @@ def check(words: list[str]) -> None:
     """Fails where a command that is not run has words that are wrong: flags, benchmarks, methods, files of tests."""
     for file in (word for word in words if word.startswith("tests/")):
         assert (ROOT / file).exists(), file
+    if script := next((word for word in words if word.startswith("scripts/")), None):
+        assert (ROOT / script).exists(), script
+        words = ["jaxunlearn", Path(script).stem.replace("_", "-"), *words[words.index(script) + 1 :]]
     if "jaxunlearn" not in words:
         return
     args = make_parser().parse_args(words[words.index("jaxunlearn") + 1 :])
@@ -183,8 +186,11 @@ def test_commands_are_found_as_a_shell_would():
 
 def test_what_is_not_run_is_read():
     for wrong in ("bench --bench resnet20", "speed --bench resnet20-digits-class0 --fast", "audit --method scrubb"):
+        command, *words = wrong.split()
         with pytest.raises(UserError):
-            check(["srun", "jaxunlearn", *wrong.split()])
+            check(["srun", "jaxunlearn", command, *words])
+        with pytest.raises(UserError):
+            check(["python", f"scripts/{command}.py", *words])
     with pytest.raises(AssertionError):
         check(["python", "-m", "pytest", "tests/test_absent.py"])
 
@@ -192,6 +198,9 @@ def test_what_is_not_run_is_read():
 def test_every_block_is_of_a_known_language():
     known = (*SHELL, "python", *SHOWN)
     assert [where for where, block in everywhere() if block.language not in known] == []
+    shown = [(where, block) for where, block in everywhere() if block.language == "console"]
+    assert [where for where, block in shown if not commands(block)] == []
+    assert [page_name(path) for path in PAGES if re.search(r"^\s*~~~", path.read_text(), re.MULTILINE)] == []
 
 
 def test_nothing_is_left_out_that_is_not_there():

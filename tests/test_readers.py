@@ -20,6 +20,8 @@ from layouts import (
 )
 
 from jaxunlearn.data import archives, pickles
+from jaxunlearn.data.readers import checked
+from jaxunlearn.errors import UserError
 
 pytestmark = small_sets
 
@@ -195,3 +197,11 @@ def test_python_2_pickles_are_read():
         b"\x89U\x02\x05\xfftb."
     )
     assert pickles.ArrayUnpickler(io.BytesIO(data), encoding="bytes").load().array.tolist() == [5, 255]
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 4, 4, 3)), np.zeros((2, 5, 4, 3), np.uint8), np.zeros((2, 4, 4), np.uint8)]
+)
+def test_images_that_are_no_bytes_or_of_another_shape_are_none(images):
+    with pytest.raises(UserError, match=r"^flowers has images .*, not uint8\[N, 4, 4, 3\]$"):
+        checked(images, np.arange(2), 2, (4, 4, 3), "flowers")

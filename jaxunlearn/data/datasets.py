@@ -42,11 +42,10 @@ def load(name: str, data_dir: Path | None, cache_dir: Path, progress: bool = Tru
         return found
     source, folder = DATASETS[name], _expanded(cache_dir / "data")
     looked_in = "; ".join(contents(_expanded(place)) for place in _places(data_dir, cache_dir))
-    if data_dir is not None:
-        raise UserError(
-            f"no {name} in {data_dir}: name what holds {_wanted(source)}, or no data folder at all to download it "
-            f"(looked in: {looked_in})"
-        )
+    if data_dir is not None or not source.tfds_name:
+        where = data_dir or "the usual places"
+        otherwise = ", or no data folder at all to download it" if source.tfds_name else ", which cannot be downloaded"
+        raise UserError(f"no {name} in {where}: name what holds {_wanted(source)}{otherwise} (looked in: {looked_in})")
     advice = f"or put {_wanted(source)} in {folder} (looked in: {looked_in})"
     download(source.tfds_name, folder, advice, progress)
     downloaded = look(folder, source, named=True)

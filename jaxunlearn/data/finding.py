@@ -249,7 +249,7 @@ def _first_whole(group: Sequence[Sequence[Path | Blob]], layout: Layout, source:
         try:
             blobs = [read_file(file) if isinstance(file, Path) else file for file in files]
             images, labels = layout.parse(blobs, source.shape)
-            return checked(images, labels, source.num_classes, blobs[-1].where)
+            return checked(images, labels, source.num_classes, source.shape, blobs[-1].where)
         except UserError as error:
             faults.append(error)
     raise faults[0]

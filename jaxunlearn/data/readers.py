@@ -86,8 +86,15 @@ def _parse_idx_file(blob: Blob, magic: int, dims: tuple[int, ...]) -> np.ndarray
     return body.reshape(count, *dims)
 
 
-def checked(images: np.ndarray, labels: np.ndarray, num_classes: int, where: str) -> ImageSet:
-    """An ImageSet of what a parser returned. UserError if it is empty, of two lengths, or has impossible labels."""
+def checked(
+    images: np.ndarray, labels: np.ndarray, num_classes: int, shape: tuple[int, int, int], where: str
+) -> ImageSet:
+    """An ImageSet of what a parser returned.
+
+    UserError if it is empty, of two lengths, or has impossible labels, or images that are no bytes or of another shape.
+    """
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        raise UserError(f"{where} has images {images.dtype}{list(images.shape)}, not uint8[N, {str(list(shape))[1:]}")
     if len(images) != len(labels):
         raise UserError(f"{where} has {len(images)} images but {len(labels)} labels: {REMEDY}")
     if not len(images):

@@ -48,7 +48,8 @@ def read_prepared(folder: Path, num_classes: int, shape: tuple[int, int, int]) -
         ) from error
     except Exception as error:  # broken metadata, records and images can raise anything
         raise UserError(f"{folder} cannot be read ({one_line(error)}): prepare it again, or remove it") from error
-    return checked(*train, num_classes, f"{folder} (train)"), checked(*test, num_classes, f"{folder} (test)")
+    known = num_classes, shape
+    return checked(*train, *known, f"{folder} (train)"), checked(*test, *known, f"{folder} (test)")
 
 
 def _check_features(path: Path) -> None:

@@ -7,10 +7,11 @@ factory from it. Everything here is for one seed; the loop vmaps it over seeds a
 Beside `rule` a file may say between what ends tuning looks for a hyperparameter: `ranges = {"share": (0.1, 0.9)}`.
 Where it says nothing of a number, `jaxunlearn.tuning.ranges` says what is taken.
 
-The docstring of the file, or of the function, says which training images the rule reads, in one sentence that
-`--list` shows: "Reads: retain, forget images, a pass over all." Each part is retain, forget or (of a pass) all, with
-" images" behind it where the labels are not read; or the whole is "nothing". A rule that ships says in two more what it
-changed from its paper or submission and whose the values of its hyperparameters are: "Differs: ..." and "Values: ...".
+The docstring of the file, or of the function, says which training images the rule reads, in one sentence that, of one
+that ships, `--list` shows: "Reads: retain, forget images, a pass over all." Each part is retain, forget or (of a pass)
+all, with " images" behind it where the labels are not read; or the whole is "nothing". A rule that ships says in two
+more what it changed from its paper or submission and whose the values of its hyperparameters are: "Differs: ..." and
+"Values: ...".
 """
 
 import functools
