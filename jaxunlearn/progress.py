@@ -23,17 +23,22 @@ Report = Callable[[int, dict[str, Any]], None]
 class Reporter:
     """Shows one bar at a time, or writes lines where stderr is no terminal. `quiet` says nothing."""
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, advice: str = ""):
+        """`advice` ends the line that says that a run is long, before anything is trained."""
         self.shows = not quiet and sys.stderr.isatty()
         self._quiet = quiet
         self._later: float | None = None  # images that are still to be trained on after a task; None: nobody knows
-        self._advice, self._times = "", 1
+        self._whole, self._times = 0.0, 1
+        self._advice, self._advises = advice, False
         self._estimated: list[str] = []  # one line, said once; shared by copies
 
-    def before(self, images: float, advice: str = "") -> "Reporter":
-        """One for a task after which so many images are trained on. It says how long all takes, if it is long."""
+    def before(self, images: float, whole: float = 0.0, advise: bool = False) -> "Reporter":
+        """One for a task after which so many images are trained on, of a run's `whole`.
+
+        It says how long all takes, if that is long.
+        """
         other = copy.copy(self)
-        other._later, other._advice = images, advice
+        other._later, other._whole, other._advises = images, whole, advise
         return other
 
     def repeated(self, times: int) -> "Reporter":
@@ -90,10 +95,12 @@ class Reporter:
                         return
                     own = (epochs * steps - steps_done) / steps * images
                     speed = (steps_done - start[1]) / steps * images / max(now - start[0], 1e-9)
-                    left = None if self._later is None else (own + self._later) / speed * self._times
+                    further = (self._times - 1) * self._whole
+                    left = None if self._later is None else (own + self._later + further) / speed
                     measured = steps_done - start[1] >= MEASURED[0] and now - start[0] >= MEASURED[1]
                     if left is not None and left >= LONG_SECONDS and measured and not self._estimated:
-                        self._estimated.append(f"about {spoken(left)} to go at {speed:,.0f} images/s{self._advice}")
+                        advice = self._advice if self._advises else ""
+                        self._estimated.append(f"about {spoken(left)} to go at {speed:,.0f} images/s{advice}")
                         say(self._estimated[0])
                     if not due:
                         return
@@ -102,7 +109,9 @@ class Reporter:
                     whole = [f"epoch {epoch + 1}/{epochs}", *values, f"{speed:,.0f} images/s"]
                     if not self.shows:
                         to_go = own / speed if left is None else left
-                        whole = [f"{100 * steps_done // (epochs * steps)}%", *whole, f"about {spoken(to_go)} to go"]
+                        in_all = "" if left is None else " in all"
+                        part = f"{100 * steps_done // (epochs * steps)}%"
+                        whole = [part, *whole, f"about {spoken(to_go)} to go{in_all}"]
                     show("  ".join(whole), steps_done)
 
                 return report

@@ -197,6 +197,12 @@ def test_the_curve_is_scikit_learns(members, others, digits):
     assert area == pytest.approx(mann_whitney_auc(*scores), abs=0.01)
 
 
+@pytest.mark.parametrize("others", [58, 100, 139, 1000])
+def test_the_curve_is_exact_where_rates_are_whole(others):
+    members = np.full(10, others // 2 - 0.5)  # above all others but the upper half
+    assert attacks.roc(members, np.arange(others))[50] == (1 if others % 2 == 0 else 0)
+
+
 @pytest.mark.parametrize("bad", [([], [1.0]), ([1.0], []), ([np.nan], [1.0]), ([[1.0]], [1.0])])
 def test_no_curve_of_no_scores(bad):
     with pytest.raises(ValueError):

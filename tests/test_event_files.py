@@ -104,3 +104,15 @@ def test_a_run_that_was_stopped_has_every_value_once(tmp_path, monkeypatch):
         assert losses.items() <= {key: pytest.approx(x) for key, x in scalars(original).items()}.items()
         steps = {step for tag, step in scalars(own) if tag == "evaluated/retain_acc"}
         assert steps == {0, 1, 2} and scalars(own)["final/retain_acc", 2] == pytest.approx(record["retain_acc"])
+
+
+def test_another_runs_values_stay_and_are_told_of_once(tmp_path):
+    with closing(EventFiles(tmp_path)) as files:
+        files.finish(NAME, RECORD, "unlearn")
+    kept = scalars(tmp_path / NAME)
+    with closing(EventFiles(tmp_path)) as files:
+        files.finish(NAME, RECORD, "unlearn")  # the same run says nothing
+        with pytest.warns(UserWarning, match=r"has the curves of another run, which stay: name another --tensorboard"):
+            files.finish(NAME, RECORD | {"retain_acc": 0.5}, "unlearn")
+        files.finish(NAME, RECORD | {"retain_acc": 0.4}, "unlearn")
+    assert scalars(tmp_path / NAME) == kept

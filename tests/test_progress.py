@@ -77,18 +77,25 @@ def test_a_log_has_few_lines_that_say_how_far_it_is(monkeypatch, clock):
 
 @pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
 def test_what_takes_long_says_so_once_and_counts_what_comes_after(monkeypatch, clock, stderr):
-    whole = Reporter()
-    first = steps_of(monkeypatch, clock, whole.before(72_000, "; try less"), stderr(), 0.5)
+    whole = Reporter(advice="; try less")
+    first = steps_of(monkeypatch, clock, whole.before(72_000, advise=True), stderr(), 0.5)
     assert first.count("about ") == 1  # 80,000 - 610 and 72,000 images, twenty a second
     assert "about 2 h 10 min to go at 20 images/s; try less" in first
-    assert "try less" not in steps_of(monkeypatch, clock, whole.before(72_000, "; try less"), stderr(), 0.5)
+    assert "try less" not in steps_of(monkeypatch, clock, whole.before(72_000, advise=True), stderr(), 0.5)
+    assert "try less" not in steps_of(monkeypatch, clock, Reporter(advice="; try less").before(0), stderr(), 0.5)
 
 
 def test_what_is_done_soon_or_nobody_knows_is_not_told(monkeypatch, clock):
     assert steps_of(monkeypatch, clock, Reporter().before(0), io.StringIO(), 0.05) == ""
     assert steps_of(monkeypatch, clock, Reporter(), io.StringIO(), 0.5) == ""
-    several = Reporter().before(0).repeated(8)
-    assert "about 35 min to go" not in (said := steps_of(monkeypatch, clock, several, io.StringIO(), 0.35)) and said
+
+
+def test_of_several_runs_those_to_come_are_counted_whole(monkeypatch, clock):
+    several = Reporter().before(0, 80_000).repeated(8)
+    begun = steps_of(monkeypatch, clock, several, io.StringIO(), 0.5)
+    assert "about 8 h 50 min to go" in begun  # eight times 80,000 images, twenty a second
+    ending = steps_of(monkeypatch, clock, Reporter().before(0, 80_000).repeated(8), io.StringIO(), 0.5, epoch=79)
+    assert "about 7 h 50 min to go" in ending  # seven of the eight are still to come
 
 
 @pytest.mark.parametrize(

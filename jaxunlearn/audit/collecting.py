@@ -113,6 +113,8 @@ def _knows_more(path: Path) -> bool:
         record = records.read(path)
     except UserError:
         return False
+    if record["status"] != "ok":  # which a run replaces
+        return False
     in_full = record["companions"] is not None and record["companions"]["full"] is not None
     return in_full or record["curves"]["evaluated"] is not None
 

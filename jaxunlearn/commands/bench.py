@@ -28,6 +28,7 @@ from jaxunlearn.commands.parser import Parser
 if TYPE_CHECKING:
     from jaxunlearn.runs.preparation import Prepared
 
+SHORTER = "; for a shorter try: --pretrain-epochs 1 --unlearn-epochs 1 --train-limit 5000"
 __all__ = ["INTERRUPTED", "add_arguments", "run"]
 
 
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             tensorboard=args.tensorboard,
             force=args.force,
         )
-        prepared = prepare(request, Reporter(args.quiet))
+        prepared = prepare(request, Reporter(args.quiet, SHORTER))
         found = _print_results(prepared, args.json)
         if args.report and leads():
             from jaxunlearn.report.gathering import Found

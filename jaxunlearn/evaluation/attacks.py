@@ -57,7 +57,7 @@ def roc(members: ArrayLike, non_members: ArrayLike) -> list[float]:
     caught, accused = (
         np.append(0, scores.size - np.searchsorted(scores, thresholds)).astype(float) for scores in (ours, others)
     )
-    wanted = np.linspace(0, others.size, RATES)
+    wanted = np.arange(RATES) * others.size / (RATES - 1)  # exact where it is whole
     at = np.searchsorted(accused, wanted, side="right") - 1  # the last, which catches most of those that accuse as many
     then = np.minimum(at + 1, thresholds.size)
     part = (wanted - accused[at]) / np.maximum(1, accused[then] - accused[at])

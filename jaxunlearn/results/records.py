@@ -181,7 +181,8 @@ def _extras(record: Mapping[str, Any]) -> set[str]:
         return set()
     extras = {name for name in ("against_retrain", "full") if beside.get(name) is not None}
     curves = record.get("curves")
-    return extras | ({"evaluated"} if isinstance(curves, dict) and curves.get("evaluated") is not None else set())
+    evaluated = curves.get("evaluated") if isinstance(curves, dict) else None
+    return extras | {f"epoch {epoch}" for epoch in (evaluated or {}).get("epoch", ())}
 
 
 def _verified(record: Mapping[str, Any]) -> bool:

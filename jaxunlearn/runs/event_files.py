@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.errors import UserError, one_line, printable
 from jaxunlearn.evaluation.metrics import METRICS
 
 HPARAMS = "_hparams_/session_start_info"  # the tag that TensorBoard's plugin looks for
@@ -29,8 +29,8 @@ class EventFiles:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._open: dict[Path, tuple[Any, set[tuple[str, int]]]] = {}  # writers, and what is written, by name
-        self._failed = False
+        self._open: dict[Path, tuple[Any, dict[tuple[str, int], float]]] = {}  # writers, and what is written, by name
+        self._failed = self._warned = False
 
     def add(self, name: Path, step: int, values: Mapping[str, float | None]) -> None:
         """Adds what is known of the values, by tag, to a model's."""
@@ -51,6 +51,7 @@ class EventFiles:
                 here = {f"evaluated/{key}": values[number] for key, values in evaluated.items() if key != "epoch"}
                 self.add(name, epoch, here)
         final = {f"final/{key}": record[key] for key in METRICS if record[key] is not None}
+        self._compare(name, {(tag, last): value for tag, value in final.items()})
         self.add(name, last, final)
         settings = {key: record[key] for key in ("bench", "method", "seed", "unlearn_seed")}
         settings |= {f"protocol.{key}": value for key, value in record["protocol"].items()} | record["hyperparameters"]
@@ -77,6 +78,14 @@ class EventFiles:
         for name in list(self._open):
             self.close_one(name)
 
+    def _compare(self, name: Path, values: Mapping[tuple[str, int], float]) -> None:
+        """Warns once where another run has left other values: nothing that is there is replaced."""
+        _, written = self._open.get(name, (None, {}))
+        if not self._warned and any(abs(written.get(key, value) - value) > 1e-6 for key, value in values.items()):
+            self._warned = True
+            line = f"{self._folder / name} has the curves of another run, which stay: name another --tensorboard folder"
+            warnings.warn(printable(line), stacklevel=2)
+
     def _write(self, name: Path, step: int, summaries: Mapping[str, Any]) -> None:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event
@@ -84,7 +93,7 @@ class EventFiles:
         folder = self._folder / name
         try:
             if name not in self._open:
-                self._open[name] = None, set(_written(folder))
+                self._open[name] = None, dict(_written(folder))
             writer, written = self._open[name]
             new = {tag: one for tag, one in summaries.items() if (tag, step) not in written}
             if self._failed or not new:
@@ -95,16 +104,17 @@ class EventFiles:
                 writer = EventsWriter(str(folder / "events"), f".{number}")
             for tag, one in new.items():
                 writer.write_event(Event(wall_time=time.time(), step=step, summary=one))
-                written.add((tag, step))
+                written[tag, step] = one.value[0].simple_value
             writer.flush()
             self._open[name] = writer, written
         except OSError as error:
             self._failed = True
+            self.close()  # the run needs the files that they hold open
             warnings.warn(f"event files are not written any more ({one_line(error)}): the run goes on", stacklevel=2)
 
 
-def _written(folder: Path) -> Iterator[tuple[str, int]]:
-    """(tag, step) of all that a folder's event files have; what a process that died had begun is nothing."""
+def _written(folder: Path) -> Iterator[tuple[tuple[str, int], float]]:
+    """(tag, step) and value of all that a folder's event files have; what a process that died had begun is nothing."""
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
@@ -118,5 +128,5 @@ def _written(folder: Path) -> Iterator[tuple[str, int]]:
                 event = Event.FromString(content[place + 12 : place + 12 + length])
             except DecodeError:
                 break
-            yield from ((value.tag, event.step) for value in event.summary.value)
+            yield from (((value.tag, event.step), value.simple_value) for value in event.summary.value)
             place += 16 + length

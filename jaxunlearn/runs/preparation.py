@@ -75,11 +75,20 @@ class Prepared:
 
     def work(self, group: Group) -> float:
         """On how many images a group's models are trained; those that they are only asked about count a third."""
+        asked = self.evaluator.steps * BATCH_SIZE / 3
         if group.method.name == RETRAIN:
             epochs, images = self.request.protocol.pretrain_epochs, sum(self.batches(len(self.split.retain), "retain"))
         else:
             epochs, images = (own := self.unlearnings[group.title]).epochs, own.images_per_epoch
-        return self.count(group) * (epochs * images + self.evaluator.steps * BATCH_SIZE / 3)
+            if (every := self.request.eval_every) and epochs:
+                asked *= 1 + (epochs - 1) // every
+        return self.count(group) * (epochs * images + asked)
+
+    @property
+    def pretraining_work(self) -> float:
+        """The same of pretraining."""
+        epochs = self.request.protocol.pretrain_epochs
+        return len(self.keys) * epochs * sum(self.batches(len(self.train.labels), "training"))
 
     def batches(self, count: int, kind: str) -> list[int]:
         """The sizes of the batches of an epoch of (re)training on so many images of this `kind`."""

@@ -34,8 +34,6 @@ from jaxunlearn.training.pretrained import Models, repeated
 from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.resuming import Redraw, Start, Told, Watch, train
 
-SHORTER = "; for a shorter try: --pretrain-epochs 1 --unlearn-epochs 1 --train-limit 5000"
-
 
 def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Runs every method; yields each record once it is written, and a warning where something was not."""
@@ -48,7 +46,8 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         if run.events:
             stack.enter_context(closing(run.events))
         work = [run.work(group) for group in run.groups]
-        pretrained = run.given or _train_or_load(run, None, run.reporter.before(sum(work), SHORTER))
+        whole = sum(work) + (0 if run.given else run.pretraining_work)
+        pretrained = run.given or _train_or_load(run, None, run.reporter.before(sum(work), whole, advise=True))
         ahead.ready(EVALUATE)
         ahead.ready(RELEARN)
         scorer = Scorer(run)
@@ -64,7 +63,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
         before: list[dict[str, Any]] = []
         for number, group in enumerate(run.groups):
             run.timing.clear()
-            reporter = run.reporter.before(sum(work[number + 1 :]))
+            reporter = run.reporter.before(sum(work[number + 1 :]), whole)
             own = entries.get(group.title, [])
             with locked(_of_first_draws(own) if request.once else []):
                 if group.method.name == RETRAIN:  # the first of them
@@ -147,9 +146,13 @@ def _keep_events(run: Prepared, group: Group, index: int, record: dict[str, Any]
     """Adds what a record knows to the event files, if there are any."""
     if run.events:
         original = _name(run, run.request.originals_path(record["seed"]))
-        run.events.add_curve(original, "pretrain", record["curves"]["pretrain"] or {})
+        attempts = record["attempts"]
+        curve = record["curves"]["pretrain"] or {}
+        run.events.add_curve(original, _of_attempt("pretrain", attempts.get("pretrain", 1) - 1), curve)
         run.events.close_one(original)
-        run.events.finish(_names(run, group)[index], record, _phase(group))
+        retrained = group.method.name == RETRAIN
+        phase = _of_attempt(RETRAIN, attempts.get(RETRAIN, 1) - 1) if retrained else "unlearn"
+        run.events.finish(_names(run, group)[index], record, phase)
 
 
 def _name(run: Prepared, record: Path) -> Path:
@@ -163,17 +166,19 @@ def _names(run: Prepared, group: Group) -> list[Path]:
     return [_name(run, request.record_path(method, seed, draw)) for method, draw, seed in each]
 
 
-def _phase(group: Group) -> str:
-    return RETRAIN if group.method.name == RETRAIN else "unlearn"
+def _of_attempt(phase: str, attempt: int) -> str:
+    """What the curve of a seed is called that was drawn again so often."""
+    return f"{phase}-attempt{attempt + 1}" if attempt > 0 else phase
 
 
 def _teller(run: Prepared, names: Sequence[Path], phase: str) -> Told:
     """What tells the event files, if there are any, of the training of the models with these names."""
 
     def told(index: int, attempt: int, epoch: int, means: dict[str, float | None]) -> None:
-        own = f"{phase}-attempt{attempt + 1}" if attempt else phase
         if run.events:
-            run.events.add(names[index], epoch, {f"{own}/{name}": value for name, value in means.items()})
+            own = _of_attempt(phase, attempt)
+            with run.timing("checkpoint_s"):
+                run.events.add(names[index], epoch, {f"{own}/{name}": value for name, value in means.items()})
 
     return told
 
@@ -257,7 +262,8 @@ def _unlearn(
         found = scorer.on_the_way(places, state)
         for place, own in zip(places, found, strict=True):
             if run.events:
-                run.events.add(names[place], epoch, {f"evaluated/{name}": value for name, value in own.items()})
+                with run.timing("checkpoint_s"):
+                    run.events.add(names[place], epoch, {f"evaluated/{name}": value for name, value in own.items()})
         return found
 
     watch = Watch(run.request.eval_every, worth) if run.request.eval_every else None

@@ -209,6 +209,14 @@ def _advance(
         keeper.stopping = stopping
         state = first_state(keys) if state is None else state
         keeper.enter(keeper.position)
+
+        def look() -> None:
+            """Evaluates where that is due after the epochs that are done, and was not before a stop."""
+            due = watch and first == 0 and 0 < epoch < training.epochs and epoch % watch.every == 0
+            if watch and due and not keeper.knows_worth(epoch):
+                keeper.note_worth(epoch, watch.worth(group, epoch, state))
+
+        look()
         while epoch < until and None in keeper.diverged:
             state, metrics = training.epoch(state, keys, epoch, report(epoch), first, keeper)
             keeper.note(metrics)
@@ -217,12 +225,11 @@ def _advance(
             if epoch > 0:
                 keeper.note_weights(state, epoch * steps - 1)
                 tell(epoch)
-            if watch and 0 < epoch < training.epochs and epoch % watch.every == 0:
-                keeper.note_worth(epoch, watch.worth(group, epoch, state))
             if judge and epoch == judge.epoch and any(map(judge.shows, keeper.sums)):
                 break
-            if keeper.due():
+            if keeper.due():  # first, since a stop must not wait for an evaluation
                 keeper.keep(0, state, {})
+            look()
         keeper.keep(0, state, {})  # writes nothing where that was done just now
         saved = keeper.finish()  # before signals are what they were: one would end the process while the thread writes
         if anywhere(stopping()):

@@ -113,13 +113,20 @@ class Saving:
             step if known is None and not fine else known for known, fine in zip(self.diverged, finite, strict=True)
         ]
 
+    def knows_worth(self, epoch: int) -> bool:
+        """Whether it was noted what each model is worth after so many epochs."""
+        return all(epoch in known.get("epoch", ()) for known in self._evaluated)
+
     def note_worth(self, epoch: int, worth: Sequence[Mapping[str, float | None]]) -> None:
         """Adds what each model is worth after so many epochs: nothing can be said of one that has diverged."""
         each = zip(self._evaluated, worth, self.diverged, strict=True)
         self._evaluated = [
-            {name: [*known.get(name, []), value] for name, value in _said(epoch, own, diverged).items()}
+            known
+            if epoch in known.get("epoch", ())
+            else {name: [*known.get(name, []), value] for name, value in _said(epoch, own, diverged).items()}
             for known, own, diverged in each
         ]
+        self._submitted = None  # what was saved last does not know it
 
     def finish(self) -> list[Saved]:
         """What was saved last, once it is written."""
