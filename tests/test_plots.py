@@ -301,3 +301,14 @@ def test_speed_is_shown_as_ratios_with_their_range():
     assert segment[:, 0].tolist() == pytest.approx([min(pairs), max(pairs)])
     assert "1,211 : 1,081 images/s" in axes.get_yticklabels()[0].get_text() and "bad_teacher 0.95" in plot.text
     assert speed_plots(record | {"against": None}) == []
+
+
+def test_seeds_that_were_looked_at_after_other_epochs_are_drawn_where_all_were():
+    def seen(*epochs):
+        names = ("retain_acc", "forget_acc", "forget_mia_auc", "unlearn_score", "symmetric_score")
+        evaluated = {"epoch": list(epochs)} | {name: [1 - epoch / 5 for epoch in epochs] for name in names}
+        return example_record(curves=example_record()["curves"] | {"evaluated": evaluated})
+
+    (plot,) = [one for one in run_plots([seen(0, 1, 2, 3, 4), seen(0, 2, 4)]) if one.name == "on-the-way"]
+    line = plot.figure.axes[0].lines[0]
+    assert list(line.get_xdata()) == [0, 2, 4] and line.get_ydata() == pytest.approx([1, 0.6, 0.2])

@@ -84,6 +84,22 @@ def test_a_page_is_the_same_for_the_same_records(tmp_path):
     assert pages.make_page(found, {}) == pages.make_page(found, {})
 
 
+BESIDE = {
+    "unit": "images/s",
+    "ours": 2.0,
+    "torch": 1.0,
+    "ratio": 2.0,
+    "ours_bursts": [2.0, 2.0],
+    "torch_bursts": [1.0, 1.0],
+}
+SPEED = {
+    "bench": "resnet20-cifar10-class0",
+    "precision": "fp32",
+    "against": None,
+    "pairs": 2,
+    "seeds": 1,
+    "environment": {"device_kind": "cpu"},
+}
 EVIL = "<script>alert(1)</script>'\"`$x_{y}$ javascript:alert(1) \u202e\x1b[31m\x00"
 
 
@@ -115,12 +131,41 @@ def test_what_is_no_record_is_named_and_left_out(report, tmp_path):
         {"quantities": {"pretrain": []}},
         {"quantities": {"pretrain": {"unit": "images/s", "ours": 1.0}}, "against": "torch"},
         {"quantities": {"pretrain": {"unit": "images/s", "ours": 1.0}}, "bench": "none"},
+        {"quantities": {"pretrain": {"unit": "images/s", "ours": 1.0}}, "bench": []},
+        {"quantities": {"pretrain": {"unit": "images/s", "ours": 1.0}}, "pairs": "5"},
+        {"quantities": {"pretrain": {"unit": "images/s", "ours": 1.0}}, "environment": {}},
+        {"quantities": {"pretrain": BESIDE | {"torch_bursts": [1.0]}}, "against": "torch"},
+        {"quantities": {"pretrain": BESIDE | {"torch_bursts": [1.0, 0]}}, "against": "torch"},
+        {"quantities": {"pretrain": BESIDE | {"ours_bursts": [], "torch_bursts": []}}, "against": "torch"},
     ],
 )
 def test_what_is_no_record_of_speed(tmp_path, record):
-    whole = {"bench": "resnet20-cifar10-class0", "precision": "fp32", "against": None} | record
+    whole = SPEED | record
     found = gathering.gather([put(tmp_path / "x.json", whole)])
     assert found.speeds == [] and len(found.refused) == 1 and "cannot read the record of speed" in found.refused[0]
+
+
+def test_records_of_speed_are_told_apart_and_strangers_ones_are_drawn(tmp_path):
+    odd = SPEED | {"precision": "\ud800", "quantities": {"\ud800": BESIDE | {"ratio": 9.0}}, "against": "torch"}
+    changes = ({}, {"environment": {"device_kind": "a card"}}, {"seeds": 4})
+    paths = [put(tmp_path / f"{i}.json", odd | change) for i, change in enumerate(changes)]
+    found = gathering.gather(paths)
+    page = Page(pages.make_page(found, {}).encode().decode())
+    assert len(found.speeds) == 3 and len(page.ids) == len(set(page.ids))
+    assert "fp32" not in page.text and "a card" in page.text and "4 seeds" in page.text
+
+
+def test_audits_of_more_models_are_tables_of_their_own(tmp_path):
+    record = json.loads((ROOT / "results/audit/resnet20-digits-class0/scrub-N32.json").read_text())
+    others = [{"models": 64}, {"hyperparameters": {"temperature": 8.0}}, {"finished_at": "2099"}]
+    others += [{"protocol": record["protocol"] | {"pretrain_epochs": 9}}]
+    paths = [put(tmp_path / f"{i}.json", record | change) for i, change in enumerate([{}, *others])]
+    page = Page(pages.make_page(gathering.gather(paths), {}))
+    assert page.text.count("By the margin of the true class") == 3  # 32 and 64 models, and another protocol
+    assert "scrub temperature=8.0" in page.text and "values at different N do not compare" in page.text
+    assert len(page.ids) == len(set(page.ids))
+    stranger = put(tmp_path / "x.json", record | {"environment": {}})
+    assert "does not say what it was made on" in gathering.gather([stranger]).refused[0]
 
 
 def test_audits_and_speeds_of_the_project_are_shown(report):
@@ -135,7 +180,7 @@ def test_without_records_there_is_no_page(report):
     assert said.startswith("error: ") and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", [b"my thesis", b"<html>another page</html>"])
+@pytest.mark.parametrize("content", [b"my thesis", b""])
 def test_nothing_but_a_report_is_overwritten(report, tmp_path, content):
     (tmp_path / "report.html").write_bytes(content)
     _, said = report(example_record(), status=2)
@@ -178,6 +223,7 @@ def test_pictures_are_of_the_class_that_is_answered_or_of_the_forgotten_images(t
     dataset = digits()["digits"]
     record = example_record()
     record["protocol"] |= {"dataset": "digits", "forget_class": 0, "train_limit": None, "validation": False}
+    record["dataset"]["digest"] = dataset.digest
     zeros = dataset.train.images[dataset.train.labels == 0]
     record["companions"] |= {"class_acc": [0.5] * 10}
     record["companions"]["forgotten_as"] |= {"train": [0, 0, 100, 0, 0, 0, len(zeros) - 100, 0, 0, 0]}
@@ -189,17 +235,26 @@ def test_pictures_are_of_the_class_that_is_answered_or_of_the_forgotten_images(t
     np.savez(tmp_path / "kept.npz", forget_train=said, finished_at=record["finished_at"])
     likely, other = thumbnails.answers(record, tmp_path / "kept.npz", dataset)
     assert likely.own and other.pictures[0] == thumbnails._address(zeros[100])
-    for changed in ({"forget_train": said[1:]}, {"finished_at": "then"}, {"forget_train": said[:, :3]}):
+    odd = np.zeros((len(zeros), 10), [("a", np.float16)])
+    for changed in (
+        {"forget_train": said[1:]},
+        {"finished_at": "then"},
+        {"forget_train": said[:, :3]},
+        {"forget_train": odd},
+    ):
         np.savez(tmp_path / "kept.npz", **{"forget_train": said, "finished_at": record["finished_at"]} | changed)
         assert not thumbnails.answers(record, tmp_path / "kept.npz", dataset)[0].own
     (tmp_path / "kept.npz").write_bytes(b"PK")
     assert not thumbnails.answers(record, tmp_path / "kept.npz", dataset)[0].own
     assert thumbnails.answers(record, tmp_path, None)[0].pictures == []
+    record["dataset"]["digest"] = "0123456789abcdef"  # the run saw other images
+    assert thumbnails.answers(record, None, dataset)[0].pictures == []
 
 
 def test_a_page_shows_pictures_with_the_names_of_classes(tmp_path):
     record = example_record()
     record["protocol"]["dataset"] = "digits"
+    record["dataset"]["digest"] = None
     found = gathering.gather([put(tmp_path / "seed0.json", record)])
     page = Page(pages.make_page(found, digits()))
     assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
@@ -213,7 +268,20 @@ def test_plots_go_to_a_folder(report, tmp_path):
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     put(tmp_path / "runs" / "seed0.json", example_record())
-    with pytest.raises(UserError, match=r"^cannot write the report "):
-        writing.write_report([tmp_path / "runs"], tmp_path, None, tmp_path)
-    with pytest.raises(UserError, match=r"^cannot write the report "):
-        writing.write_report([tmp_path / "runs"], tmp_path / "runs" / "seed0.json" / "x.html", None, tmp_path)
+    taken = tmp_path / "runs" / "seed0.json"
+    for out, plots, line in (
+        (tmp_path, None, "is no report and is not overwritten"),
+        (Path("/dev/null"), None, "is no report and is not overwritten"),
+        (taken / "x.html", None, "cannot write to "),
+        (tmp_path / "x.html", taken / "plots", "cannot write to "),
+    ):
+        with pytest.raises(UserError, match=line):
+            writing.write_report([tmp_path / "runs"], out, None, tmp_path, plots)
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_link_is_followed(tmp_path):
+    put(tmp_path / "runs" / "seed0.json", example_record())
+    (tmp_path / "link.html").symlink_to(tmp_path / "real.html")
+    writing.write_report([tmp_path / "runs"], tmp_path / "link.html", None, tmp_path)
+    assert (tmp_path / "link.html").is_symlink() and (tmp_path / "real.html").is_file()

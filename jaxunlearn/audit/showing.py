@@ -49,7 +49,7 @@ def print_audit(records: Sequence[Mapping[str, Any]]) -> None:
                 table.add_row(name, str(attacks["models"]), *cells(attacks, statistic, sign))
             console.print(table)
             console.print()
-    for line in _remarks(records, sign):
+    for line in remarks(records, sign):
         console.print(line)
 
 
@@ -77,7 +77,8 @@ def _separation(found: Mapping[str, Any] | None, sign: str) -> list[str]:
     return [f"{found['auc']:.3f} {sign}{found['auc_half_width']:.3f}", f"{found['tpr']:.3f} [{low:.3f}, {high:.3f}]"]
 
 
-def _remarks(records: Sequence[Mapping[str, Any]], sign: str) -> Iterator[str]:
+def remarks(records: Sequence[Mapping[str, Any]], sign: str) -> Iterator[str]:
+    """How to read audits of one benchmark, and what each method's left out and took."""
     yield f"{sign} and [] are 95% intervals over models; an auc of .5, and a tpr of .01, is as if retrained."
     yield "N models a side: values at different N do not compare. KLOM (95th percentiles, nats) has a floor, forgetting"
     yield "quality (of one unlearning of each original) a ceiling: what models give that are spread alike."

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +89,9 @@ def _audit(path: Path) -> dict[str, Any]:
     record = read_audit(path)
     if record["bench"] not in BENCHMARKS:
         raise UserError(f"left out {path}: there is no benchmark '{record['bench'][:60]}'")
+    device, dataset = record["environment"].get("device_kind"), record["dataset"]
+    if not isinstance(device, str) or not {"digest", "verified"} <= set(dataset):
+        raise UserError(f"cannot read the audit {path}: it does not say what it was made on, or of which images")
     return record
 
 
@@ -96,21 +99,27 @@ def _speed(path: Path) -> dict[str, Any]:
     """A record of `jaxunlearn speed --json`, of which what is shown is checked."""
     try:
         record = records.parse(path)
-        rows, against = record.get("quantities"), record.get("against")
-        if record.get("bench") not in BENCHMARKS or not isinstance(rows, dict) or not isinstance(against, str | None):
-            raise ValueError("it is no record of speed")
-        texts = [
-            record.get("precision"),
-            *(row.get("unit") if isinstance(row, dict) else None for row in rows.values()),
-        ]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("it is no record of speed")
-        numbers = ("ours", against, "ratio") if against else ("ours",)
-        if not all(_positive(row.get(name)) for row in rows.values() for name in numbers):
-            raise ValueError("a rate of it is no positive number")
-    except ValueError as error:
-        raise UserError(f"cannot read the record of speed {path}: {error}") from error
+        _check_speed(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error) if isinstance(error, ValueError) else "it is no record of speed"
+        raise UserError(f"cannot read the record of speed {path}: {why}") from error
     return record
+
+
+def _check_speed(record: Mapping[str, Any]) -> None:
+    """Raises ValueError, or what comes of looking for what is not there."""
+    against, rows = record["against"], record["quantities"].items()
+    texts = [record["bench"], record["precision"], record["environment"]["device_kind"]]
+    texts += [text for name, row in rows for text in (name, row["unit"])] + ([against] if against is not None else [])
+    if not all(isinstance(text, str) for text in texts) or record["bench"] not in BENCHMARKS:
+        raise ValueError("it is no record of speed")
+    if not all(isinstance(record[name], int) for name in ("pairs", "seeds")):
+        raise ValueError("its pairs and seeds are no whole numbers")
+    for _, row in rows:
+        bursts = [row["ours_bursts"], row[f"{against}_bursts"]] if against else []
+        rates = [row["ours"], *([row[against], row["ratio"]] if against else []), *(x for some in bursts for x in some)]
+        if not all(_positive(rate) for rate in rates) or len({len(some) for some in bursts}) > 1 or [] in bursts:
+            raise ValueError("a rate of it is no positive number, or is missing")
 
 
 def _positive(value: Any) -> bool:

@@ -2,8 +2,9 @@
 
 import base64
 import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jaxunlearn.report.drawing import inline_svg
 from jaxunlearn.report.gathering import Found
 from jaxunlearn.results import boards
 from jaxunlearn.results.boards import Board
-from jaxunlearn.results.rows import WORDS
+from jaxunlearn.results.rows import WORDS, grouped
 from jaxunlearn.results.sheets import Cell, Estimate, text_of
 from jaxunlearn.version import __version__
 
@@ -26,6 +27,9 @@ MARK = "jaxunlearn report"  # in a page's head: what may be overwritten
 FIRST = ("rank", "method", "variant", "published")
 BELOW = ("commands", "hardware")  # columns that stand in a row's details
 TEXTS = ("method", "variant", "reads", "flags", "published")  # columns that are no numbers
+
+
+Save = Callable[[Sequence[plots.Plot], str], Any]  # (plots, prefix of their names)
 
 
 class Shown(NamedTuple):
@@ -39,8 +43,16 @@ class Shown(NamedTuple):
 class At(NamedTuple):
     """What is at hand beside the records."""
 
-    paths: Mapping[int, Path]  # of records, by their id()
+    paths: Mapping[str, Path]  # of records, by `_identity`
     pictures: Mapping[str, Dataset]  # data sets, by name
+    save: Save  # what else becomes of plots
+
+    def drawn(self, made: Sequence[plots.Plot], prefix: str) -> list[dict[str, Any]]:
+        """Plots as parts of the page, in which ids begin with the prefix."""
+        self.save(made, prefix)
+        return [
+            {"title": plot.title, "text": plot.text, "svg": _markup(inline_svg(plot, f"{prefix}-"))} for plot in made
+        ]
 
 
 def require_jinja2() -> None:
@@ -51,8 +63,8 @@ def require_jinja2() -> None:
         raise UserError('the report needs jinja2: pip install -e ".[report]" (or pip install jinja2)') from None
 
 
-def make_page(found: Found, pictures: Mapping[str, Dataset]) -> str:
-    """The HTML of everything that was found; `pictures` are data sets at hand, by name.
+def make_page(found: Found, pictures: Mapping[str, Dataset], save: Save = lambda made, prefix: None) -> str:
+    """The HTML of everything that was found; `pictures` are data sets at hand, by name. `save` is given all plots, too.
 
     Raises:
       UserError: a package is missing.
@@ -66,7 +78,7 @@ def make_page(found: Found, pictures: Mapping[str, Dataset]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
-    at = At({id(record): path for path, record in found.records}, pictures)
+    at = At({_identity(record): path for path, record in found.records}, pictures, save)
     shown = [_board(board, at) for board in boards.boards([record for _, record in found.records])]
     times = sorted(record["finished_at"][:10] for _, record in found.records)
     return template.render(
@@ -76,23 +88,11 @@ def make_page(found: Found, pictures: Mapping[str, Dataset]) -> str:
         script=_markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         boards=shown,
-        audits=[_audit(bench, records) for bench, records in _by_bench(found.audits).items()],
-        speeds=[_speed(record) for record in found.speeds],
+        audits=[_audit(board, at) for board in boards.boards(found.audits)],
+        speeds=[_speed(record, at) for record in found.speeds],
         words=WORDS.values(),
         period=" to ".join(dict.fromkeys([times[0], times[-1]])) if times else "",
     )
-
-
-def all_plots(found: Found) -> list[tuple[str, list[plots.Plot]]]:
-    """Every plot of the page, by a name for files that tells them apart."""
-    made = []
-    for board in boards.boards([record for _, record in found.records]):
-        made.append((_slug(board), plots.board_plots(board)))
-        grouped = boards.runs(board)
-        for key, records in grouped.items():
-            made.append((_slug(board, *key), plots.run_plots(records, _retrained(grouped, records))))
-    made += [(slug(bench, "audit"), plots.audit_plots(records)) for bench, records in _by_bench(found.audits).items()]
-    return made + [(_speed_slug(record), plots.speed_plots(record)) for record in found.speeds]
 
 
 def slug(bench: str, *parts: str, of: str = "") -> str:
@@ -126,7 +126,7 @@ def _board(board: Board, at: At) -> dict[str, Any]:
         "columns": [{"name": name, "number": name not in TEXTS} for name in columns],
         "rows": rows,
         "notes": sheet.notes,
-        "plots": _drawn(plots.board_plots(board), _slug(board)),
+        "plots": at.drawn(plots.board_plots(board), _slug(board)),
         "runs": [
             _run(board, key, records, sheet.rows, _retrained(grouped, records), at) for key, records in grouped.items()
         ],
@@ -144,7 +144,8 @@ def _run(
     """A method's details: its records, the board's rows, and `retrain`'s records for what is drawn beside it."""
     own = _slug(board, *key)
     row = next(row for row in rows if row["published"] is None and (row["method"], row["variant"]) == key)
-    first, flags = records[0], text_of("flags", row["flags"])
+    first = next((record for record in records if record["status"] == "ok"), records[0])
+    flags = text_of("flags", row["flags"])
     return {
         "id": own,
         "method": text_of("method", key[0]),
@@ -157,13 +158,13 @@ def _run(
         "flags": [{"word": word, "meaning": meaning} for word, meaning in WORDS.values() if word in flags],
         "reads": text_of("reads", row["reads"]),
         "hardware": text_of("hardware", row["hardware"]),
-        "commands": [printable(command)[:2000] for command in dict.fromkeys(r["command"] for r in records) if command],
+        "commands": [_command(command) for command in dict.fromkeys(r["command"] for r in records) if command],
         "settings": _pairs(first["hyperparameters"]),
         "protocol": _pairs(first["protocol"]),
-        "versions": _pairs(first["environment"]["versions"]),
-        "digest": first["rule_digest"] or "",
+        "versions": _versions(records),
+        "digests": [printable(digest) for digest in dict.fromkeys(r["rule_digest"] for r in records) if digest],
         "seeds": [_seed(record) for record in records],
-        "plots": _drawn(plots.run_plots(records, retrained), own),
+        "plots": at.drawn(plots.run_plots(records, retrained), own),
         "answers": _answers(first, at),
         "answers_seed": first["seed"],
     }
@@ -191,7 +192,8 @@ def _seed(record: Mapping[str, Any]) -> dict[str, str]:
 def _answers(record: Mapping[str, Any], at: At) -> dict[str, Any]:
     name = record["protocol"]["dataset"]
     classes = DATASETS[name].classes if name in DATASETS else ()
-    predictions = at.paths[id(record)].with_suffix(".npz") if id(record) in at.paths else None
+    path = at.paths.get(_identity(record))
+    predictions = path.with_suffix(".npz") if path else None
     made = thumbnails.answers(record, predictions, at.pictures.get(name))
     titles = [classes[one.label] if one.label < len(classes) else f"class {one.label}" for one in made]
     shown = [
@@ -201,33 +203,46 @@ def _answers(record: Mapping[str, Any], at: At) -> dict[str, Any]:
     return {"shown": shown if any(one.pictures for one in made) else [], "own": any(one.own for one in made)}
 
 
-def _audit(bench: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    tables = []
-    for statistic, title in showing.TITLES.items():
-        rows = [[name, *showing.cells(attacks, statistic)] for name, attacks in showing.rows(records)]
-        tables.append({"title": title, "rows": [[printable(cell) for cell in row] for row in rows]})
+def _audit(board: Board, at: At) -> dict[str, Any]:
+    """Audits of one benchmark and protocol; those of more models are tables of their own."""
+    parts = []
+    for models in sorted({record["models"] for record in board.records}):
+        alike = [record for record in board.records if record["models"] == models]
+        records = [
+            max(several, key=lambda record: record["finished_at"]) | {"method": f"{method} {variant}".strip()}
+            for (method, variant), several in grouped(alike, boards.defaults_of(alike)).items()
+        ]
+        own = slug(board.bench, "audit", f"N{models}", of=board.about["protocol"])
+        tables = []
+        for statistic, title in showing.TITLES.items():
+            rows = [[name, *showing.cells(attacks, statistic)] for name, attacks in showing.rows(records)]
+            tables.append({"title": title, "rows": [[text_of("", cell) for cell in row] for row in rows]})
+        notes = [printable(line) for line in showing.remarks(records, "±")]
+        drawn = at.drawn(plots.audit_plots(records), own)
+        parts.append({"id": own, "models": models, "tables": tables, "notes": notes, "plots": drawn})
     return {
-        "id": slug(bench, "audit"),
-        "bench": bench,
-        "models": sorted({record["models"] for record in records}),
+        "id": slug(board.bench, "audit", of=board.about["protocol"]),
+        **{name: text_of(name, value) for name, value in board.about.items()},
         "columns": ["", *showing.SEPARATIONS, *showing.DISTANCES],
-        "tables": tables,
-        "plots": _drawn(plots.audit_plots(records), slug(bench, "audit")),
+        "parts": parts,
     }
 
 
-def _speed(record: dict[str, Any]) -> dict[str, Any]:
-    against = record["against"]
+def _speed(record: dict[str, Any], at: At) -> dict[str, Any]:
+    against, own = record["against"], slug(record["bench"], "speed", of=repr(record))
     rows = [
         [name, row["unit"], f"{row['ours']:.4g}", *([f"{row[against]:.4g}", f"{row['ratio']:.2f}"] if against else [])]
         for name, row in record["quantities"].items()
     ]
+    device, seeds = record["environment"]["device_kind"], record["seeds"]
+    several = f", {seeds} seeds" if seeds > 1 else ""
+    columns = ["", "unit", "ours", *([str(against), "ratio"] if against else [])]
     return {
-        "id": _speed_slug(record),
-        "title": f"{record['bench']}, {record['precision']}",
-        "columns": ["", "unit", "ours", *([str(against), "ratio"] if against else [])],
+        "id": own,
+        "title": printable(f"{record['bench']}, {record['precision']}, {device}{several}"),
+        "columns": [printable(column) for column in columns],
         "rows": [[printable(cell) for cell in row] for row in rows],
-        "plots": _drawn(plots.speed_plots(record), _speed_slug(record)),
+        "plots": at.drawn(plots.speed_plots(record), own),
     }
 
 
@@ -235,19 +250,25 @@ def _slug(board: Board, *row: str) -> str:
     return slug(board.bench, *row, of=board.about["protocol"])
 
 
-def _speed_slug(record: Mapping[str, Any]) -> str:
-    return slug(record["bench"], "speed", record["precision"], str(record["against"]))
+def _identity(record: Mapping[str, Any]) -> str:
+    """What tells a record from others, whatever its method is called on the page."""
+    names = ("bench", "rule_digest", "seed", "unlearn_seed", "protocol", "hyperparameters", "finished_at")
+    return json.dumps([record[name] for name in names], sort_keys=True)
 
 
-def _by_bench(audits: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in audits:
-        groups.setdefault(record["bench"], []).append(record)
-    return groups
+def _command(text: str) -> str:
+    """One to copy; of a stranger's endless one as much as shows what it is, and that it is cut."""
+    text = printable(text)
+    return text if len(text) <= 5000 else f"# {text[:5000]} ..."
 
 
-def _drawn(made: Sequence[plots.Plot], prefix: str) -> list[dict[str, Any]]:
-    return [{"title": plot.title, "text": plot.text, "svg": _markup(inline_svg(plot, f"{prefix}-"))} for plot in made]
+def _versions(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Each package's versions, of all records."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, version in record["environment"]["versions"].items():
+            found.setdefault(name, {})[str(version)] = None
+    return _pairs({name: ", ".join(versions) for name, versions in found.items()})
 
 
 def _shown(name: str, cell: Cell, link: str) -> Shown:

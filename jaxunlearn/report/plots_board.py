@@ -165,16 +165,17 @@ def _areas(rows: Sequence[Row]) -> Plot | None:
     figure, axes = rows_of_text([_lines(row) for row in shown], legends=3)
     axes.axvline(0.5, color=INK, linewidth=1)
     for (value, named), look in zip(AREAS.items(), looks(), strict=False):
-        if known := [(row.mean[value], place) for place, row in enumerate(shown) if value in row.mean]:
-            axes.plot(*zip(*known, strict=True), look.marker, color=look.color, label=named, markerfacecolor="none")
+        if points := [(row.mean[value], place) for place, row in enumerate(shown) if value in row.mean]:
+            axes.plot(*zip(*points, strict=True), look.marker, color=look.color, label=named, markerfacecolor="none")
     axes.set_xlabel("area; .5 tells nothing")
     legend(axes, figure)
+    known = [named for value, named in AREAS.items() if any(value in row.mean for row in shown)]
     areas = [(row, [row.mean[value] for value in AREAS if value in row.mean]) for row in shown]
     said = numbers([f"{_name(row)} {min(values):.3f} to {max(values):.3f}" for row, values in areas])
     return finished(
         "areas",
         "What attacks tell",
-        f"Areas of {len(AREAS)} attacks that tell members from non-members, .5 being chance: {said}.",
+        f"Areas of attacks ({', '.join(known)}) that tell members from non-members, .5 being chance: {said}.",
         figure,
     )
 

@@ -67,9 +67,18 @@ def training(records: Records, phase: str, title: str) -> Plot | None:
 
 
 def evaluated(records: Records) -> Plot | None:
-    curves = _mean_curves([record["curves"]["evaluated"] for record in records if record["curves"]["evaluated"]])
-    if not curves or not len(curves["epoch"]):
+    every = [record["curves"]["evaluated"] for record in records if record["curves"]["evaluated"]]
+    # Seeds may have been looked at after other epochs: what is drawn is of the same seeds all along.
+    shared = sorted(set.intersection(*(set(one["epoch"]) for one in every))) if every else []
+    if not shared:
         return None
+    places = [[one["epoch"].index(epoch) for epoch in shared] for one in every]
+    curves = _mean_curves(
+        [
+            {name: [values[k] for k in own] for name, values in one.items() if len(values) == len(one["epoch"])}
+            for one, own in zip(every, places, strict=True)
+        ]
+    )
     figure, (axes,) = panels(height=4)
     parts = []
     for (name, named), look in zip(EVALUATED.items(), looks(), strict=False):

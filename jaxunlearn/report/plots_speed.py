@@ -20,7 +20,7 @@ def speed_plots(record: Mapping[str, Any]) -> list[Plot]:
     axes.axvline(1, color=INK, linewidth=1)
     for place, row in enumerate(rows.values()):
         pairs = [ours / theirs for ours, theirs in zip(row["ours_bursts"], row[f"{other}_bursts"], strict=True)]
-        reach = [[row["ratio"] - min(pairs)], [max(pairs) - row["ratio"]]]
+        reach = [[max(0, row["ratio"] - min(pairs))], [max(0, max(pairs) - row["ratio"])]]
         axes.errorbar(row["ratio"], place, xerr=reach, marker="o", color=COLOURS[0], elinewidth=1)
     axes.set_xlabel(f"ours / {label(other)}")
     ratios = [f"{label(name)} {row['ratio']:.2f}" for name, row in rows.items()]

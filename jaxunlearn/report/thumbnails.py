@@ -15,6 +15,7 @@ from jaxunlearn.data.sources import DATASETS
 from jaxunlearn.errors import UserError
 
 ANSWERS, EACH = 6, 5  # of the most frequent answers, and images of each
+LARGEST = 2**28  # bytes of a file of predictions
 
 
 class Answer(NamedTuple):
@@ -53,6 +54,9 @@ def answers(record: Mapping[str, Any], predictions: Path | None, dataset: Datase
     beside = record["companions"]
     counts = np.asarray(beside["forgotten_as"]["train"]) if beside else np.zeros(0, int)
     order = [int(label) for label in np.argsort(-counts, kind="stable")[:ANSWERS] if counts[label]]
+    digest = record["dataset"]["digest"]
+    if dataset is not None and digest not in (None, dataset.digest):
+        dataset = None  # the run saw other images
     images = _training_images(record["protocol"], dataset)
     said = None if images is None else _said(record, predictions, images)
     made = []
@@ -79,17 +83,21 @@ def _training_images(protocol: Mapping[str, Any], dataset: Dataset | None) -> Im
 
 def _said(record: Mapping[str, Any], predictions: Path | None, images: ImageSet) -> np.ndarray | None:
     """i64[N]: the answer to each forgotten training image; None where those of this record and images were not kept."""
-    if predictions is None:
-        return None
     count = int((images.labels == record["protocol"]["forget_class"]).sum())
+    shape = count, len(record["companions"]["class_acc"])
+    if predictions is None or not predictions.is_file() or predictions.stat().st_size > LARGEST:
+        return None
     try:
         with np.load(predictions, allow_pickle=False) as kept:
-            of_this = str(kept["finished_at"]) == record["finished_at"]
-            said = kept["forget_train"]
-    except Exception:  # of a stranger's file anything may be wrong
+            with kept.zip.open("forget_train.npy") as file:  # of a stranger's, what it is before it is unpacked
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                found, _, dtype = read(file)
+            if found != shape or dtype != np.float16 or str(kept["finished_at"]) != record["finished_at"]:
+                return None
+            return np.asarray(kept["forget_train"].argmax(1))
+    except Exception:  # anything may be wrong with it
         return None
-    whole = said.ndim == 2 and said.shape == (count, len(record["companions"]["class_acc"]))
-    return said.argmax(1) if of_this and whole else None
 
 
 def _address(pixels: np.ndarray) -> str:

@@ -1,30 +1,36 @@
 """Reports and their plots as files: nothing that is not a report is overwritten."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from jaxunlearn.errors import UserError, WriteError
-from jaxunlearn.files import write_atomically
+from jaxunlearn.files import check_writable, write_atomically
 from jaxunlearn.report import drawing, pages, thumbnails
+from jaxunlearn.report.drawing import Plot
 from jaxunlearn.report.gathering import Found, gather
 
 HEAD = 4096  # bytes of a file in which a report says what it is
 
 
-def check_report(path: Path) -> None:
-    """Raises UserError where no report could be made at `path`: before hours of training."""
+def check_report(path: Path, plots: Path | None = None) -> None:
+    """Raises UserError where no report could be made at `path`, and no plots in `plots`: before hours of training."""
     drawing.require_matplotlib("the report")
     pages.require_jinja2()
+    check_writable(path.parent)
+    if plots:
+        check_writable(plots)
     try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-    except FileNotFoundError:
-        return
+        if os.path.exists(path) and not (os.path.isfile(path) and _is_report(path)):
+            raise UserError(f"{path} is no report and is not overwritten: choose another name")
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {os.strerror(error.errno or 0)}") from None
-    if head and f'content="{pages.MARK} '.encode() not in head:
-        raise UserError(f"{path} is no report and is not overwritten: choose another name")
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return f'content="{pages.MARK} '.encode() in file.read(HEAD)
 
 
 def write_report(
@@ -35,7 +41,7 @@ def write_report(
     Raises:
       UserError: also where there are none.
     """
-    check_report(path)
+    check_report(path, plots)
     places = list(places)
     found = gather(places)
     if not (found.records or found.audits or found.speeds):
@@ -59,13 +65,25 @@ def write_found(
       UserError: a package is missing, or `path` has something else.
       WriteError: a file cannot be written.
     """
-    check_report(path)
+    check_report(path, plots)
     names = [record["protocol"]["dataset"] for _, record in found.records]
     pictures, unread = thumbnails.datasets(names, data_dir, cache_dir)
-    try:
-        write_atomically(path, pages.make_page(found, pictures).encode())
-        for prefix, made in pages.all_plots(found) if plots else ():
-            drawing.save(made, plots or Path(), prefix)
-    except OSError as error:
-        raise WriteError(f"cannot write the report {path}: {os.strerror(error.errno or 0)}") from None
+
+    def save(made: Sequence[Plot], prefix: str) -> None:
+        if plots:
+            with _written(plots):
+                drawing.save(made, plots, prefix)
+
+    page = pages.make_page(found, pictures, save)
+    with _written(path):
+        write_atomically(path.resolve(), page.encode())  # of a link, what it leads to
     return [*found.refused, *unread]
+
+
+@contextmanager
+def _written(place: Path) -> Iterator[None]:
+    """Raises WriteError, in one line, where what is written inside cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {place}: {os.strerror(error.errno or 0)}") from None

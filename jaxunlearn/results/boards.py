@@ -191,8 +191,13 @@ def _named(board: Board) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]
         else record
         for record in records
     ]
+    return named, defaults_of(records)
+
+
+def defaults_of(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Hyperparameters of those rules of the records that ship, when nothing is set, as a file has them."""
     known = {record["method"] for record in records} & set(names())
-    return named, {name: json.loads(json.dumps(get_method(name).defaults)) for name in known}
+    return {name: json.loads(json.dumps(get_method(name).defaults)) for name in known}
 
 
 def _marked(record: dict[str, Any]) -> dict[str, Any]:
