@@ -28,7 +28,6 @@ FIRST = ("rank", "method", "variant", "published")
 BELOW = ("commands", "hardware")  # columns that stand in a row's details
 TEXTS = ("method", "variant", "reads", "flags", "published")  # columns that are no numbers
 
-
 Save = Callable[[Sequence[plots.Plot], str], Any]  # (plots, prefix of their names)
 
 
@@ -109,14 +108,14 @@ def _markup(text: str) -> Any:
 
 
 def _board(board: Board, at: At) -> dict[str, Any]:
-    sheet, grouped = boards.results(board), boards.runs(board)
+    sheet, runs = boards.results(board), boards.runs(board)
     filled = [name for name in sheet.rows[0] if any(text_of(name, row[name]) for row in sheet.rows)]
     columns = [name for name in FIRST if name in filled]
     columns += [name for name in filled if name not in (*FIRST, *BELOW)]
     rows = []
     for row in sheet.rows:
         key = (str(row["method"]), str(row["variant"]))
-        known = row["published"] is None and key in grouped
+        known = row["published"] is None and key in runs
         link = _slug(board, *key) if known else ""
         kind = "published" if row["published"] else "reference" if row["rank"] == "ref" else "ours"
         rows.append({"kind": kind, "cells": [_shown(name, row[name], link) for name in columns]})
@@ -127,9 +126,7 @@ def _board(board: Board, at: At) -> dict[str, Any]:
         "rows": rows,
         "notes": sheet.notes,
         "plots": at.drawn(plots.board_plots(board), _slug(board)),
-        "runs": [
-            _run(board, key, records, sheet.rows, _retrained(grouped, records), at) for key, records in grouped.items()
-        ],
+        "runs": [_run(board, key, records, sheet.rows, _retrained(runs, records), at) for key, records in runs.items()],
     }
 
 
@@ -170,10 +167,8 @@ def _run(
     }
 
 
-def _retrained(
-    grouped: Mapping[Any, Sequence[dict[str, Any]]], records: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    others = [record for several in grouped.values() for record in several if record["method"] == RETRAIN]
+def _retrained(runs: Mapping[Any, Sequence[dict[str, Any]]], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    others = [record for several in runs.values() for record in several if record["method"] == RETRAIN]
     return [] if records[0]["method"] == RETRAIN else others
 
 
