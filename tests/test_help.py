@@ -16,6 +16,7 @@ def shown(monkeypatch, capsys):
         return capsys.readouterr().out
 
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/somebody/.cache")  # of usual length: the help names it
     return of
 
 

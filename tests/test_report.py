@@ -14,6 +14,7 @@ from jaxunlearn.commands.main import script
 from jaxunlearn.errors import UserError
 from jaxunlearn.report import gathering, pages, thumbnails, writing
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "link", "input", "img", "br"}
 
