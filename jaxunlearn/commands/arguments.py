@@ -105,7 +105,7 @@ def add_where(parser: Parser) -> "argparse._ArgumentGroup":
         type=Path,
         metavar="DIR",
         default=default_cache(),
-        help="models, programs, downloads (default: %(default)s)",
+        help="models, programs, data (default: %(default)s)",
     )
     where.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("runs"), help="result records (default: %(default)s)"
