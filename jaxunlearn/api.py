@@ -161,11 +161,9 @@ def run(
                 warnings.warn(kept, stacklevel=2)
 
     def report(path: Path) -> list[str]:
-        from jaxunlearn.report.gathering import Found
-        from jaxunlearn.report.writing import write_found
+        from jaxunlearn.report.writing import write_run
 
-        made = Found.of_runs((request.path_of(record), record) for record in found)
-        return write_found(made, path, request.data_dir, request.cache_dir)
+        return write_run(request, found, path)
 
     return Records(found, prepared.table_facts, report)
 

@@ -125,11 +125,9 @@ def run(args: argparse.Namespace) -> int:
         prepared = prepare(request, Reporter(args.quiet, SHORTER))
         found = _print_results(prepared, args.json)
         if args.report and leads():
-            from jaxunlearn.report.gathering import Found
-            from jaxunlearn.report.writing import write_found
+            from jaxunlearn.report.writing import write_run
 
-            made = Found.of_runs((request.path_of(record), record) for record in found)
-            for line in write_found(made, args.report, args.data_dir, args.cache_dir):
+            for line in write_run(request, found, args.report):
                 print(f"warning: {line}", file=sys.stderr)
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxunlearn.audit.keeping import read_audit
 from jaxunlearn.benchmarks import BENCHMARKS
-from jaxunlearn.errors import UserError, printable
+from jaxunlearn.errors import UserError
 from jaxunlearn.results import gathering, records
 
 # In folders: where a command writes what is no record of a run.
@@ -53,10 +53,7 @@ def gather(places: Iterable[Path]) -> Found:
 
 
 def _below(place: Path, folder: str, pattern: str, refused: list[str]) -> Iterator[Path]:
-    def unread(error: OSError) -> None:
-        refused.append(printable(f"left out {error.filename}: {os.strerror(error.errno or 0)}"))
-
-    return (path for path in gathering.files(place, pattern, unread) if folder in path.parts[:-1])
+    return (path for path in gathering.files(place, pattern, refused) if folder in path.parts[:-1])
 
 
 def _kind(path: Path, runs: list[Path], audits: dict[Path, None], speeds: dict[Path, None]) -> None:

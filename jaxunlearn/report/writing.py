@@ -4,12 +4,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jaxunlearn.errors import UserError, WriteError
 from jaxunlearn.files import check_writable, write_atomically
 from jaxunlearn.report import drawing, pages, thumbnails
 from jaxunlearn.report.drawing import Plot
 from jaxunlearn.report.gathering import Found, gather
+from jaxunlearn.runs.request import Request
 
 HEAD = 4096  # bytes of a file in which a report says what it is
 
@@ -78,6 +80,12 @@ def write_found(
     with _written(path):
         write_atomically(path.resolve(), page.encode())  # of a link, what it leads to
     return [*found.refused, *unread]
+
+
+def write_run(request: Request, records: Iterable[dict[str, Any]], path: Path) -> list[str]:
+    """`write_found` of the records that a run has just made."""
+    found = Found.of_runs((request.path_of(record), record) for record in records)
+    return write_found(found, path, request.data_dir, request.cache_dir)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,7 @@ def found(places: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], li
     runs: dict[str, tuple[Path, dict[str, Any]]] = {}
     refused: list[str] = []
 
-    def unread(error: OSError) -> None:
-        refused.append(printable(f"left out {error.filename}: {os.strerror(error.errno or 0)}"))
-
-    for path in dict.fromkeys(path for place in places for path in files(place, NAMES, unread)):
+    for path in dict.fromkeys(path for place in places for path in files(place, NAMES, refused)):
         try:
             record = records.read(path)
         except UserError as error:
@@ -58,12 +55,19 @@ def found(places: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], li
     return list(runs.values()), refused
 
 
-def files(place: Path, pattern: str, unread: Callable[[OSError], None]) -> Iterator[Path]:
+def files(place: Path, pattern: str, refused: list[str]) -> Iterator[Path]:
     """A file, or those at any depth of a folder whose names match, in order.
+
+    Args:
+      refused: gets a line for each folder that cannot be read.
 
     Raises:
       UserError: there is no such place.
     """
+
+    def unread(error: OSError) -> None:
+        refused.append(printable(f"left out {error.filename}: {os.strerror(error.errno or 0)}"))
+
     if os.path.isdir(place):
         for folder, folders, names in os.walk(place, onerror=unread):  # follows no links, so it ends
             folders.sort()
