@@ -1,7 +1,7 @@
 // Convolution: every row of the kernel is a product of matrices [pixels, size * channels] x [size * channels, features]
 // whose left side lies in the padded image as it is.
 
-#include "common.h"
+#include "images.h"
 
 namespace {
 
@@ -14,29 +14,6 @@ using Wide = Vec8;
 constexpr int kAccumulators = 12;
 #endif
 
-// Memory of this thread, kept from call to call.
-float* Scratch(size_t size) {
-  thread_local std::vector<float> memory;
-  if (memory.size() < size) memory.resize(size);
-  return memory.data();
-}
-
-// `image` with `pad` pixels of zeros on every side, in this thread's memory.
-const float* Pad(const float* image, int height, int width, int channels, int pad) {
-  if (pad == 0) return image;
-  float* padded = Scratch((size_t)(height + 2 * pad) * (width + 2 * pad) * channels);
-  size_t margin = (size_t)pad * channels, inner = (size_t)width * channels, row = inner + 2 * margin;
-  std::fill_n(padded, pad * row, 0.f);
-  std::fill_n(padded + (pad + height) * row, pad * row, 0.f);
-  for (int y = 0; y < height; y++) {
-    float* to = padded + (pad + y) * row;
-    std::fill_n(to, margin, 0.f);
-    std::memcpy(to + margin, image + y * inner, inner * sizeof(float));
-    std::fill_n(to + margin + inner, margin, 0.f);
-  }
-  return padded;
-}
-
 struct Shape {
   int batch, height, width, channels, size, stride, out_height, out_width, features;
 
@@ -47,6 +24,8 @@ struct Shape {
   int pad() const { return size / 2; }
   size_t row() const { return (size_t)(width + 2 * pad()) * channels; }  // of the padded image
   size_t image() const { return (size_t)height * width * channels; }
+  size_t padded() const { return (size_t)(height + 2 * pad()) * row(); }
+  size_t padded_out() const { return (size_t)(out_height + 2 * pad()) * (out_width + 2 * pad()) * features; }
   size_t out() const { return (size_t)out_height * out_width * features; }
   size_t kernel() const { return (size_t)size * size * channels * features; }
 };
@@ -133,70 +112,95 @@ void ConvolveGrid(const Grid& grid, const float* x, const float* kernel, float* 
   ForFeatures(grid.features, [&]<class V, int N>(int f) { ConvolveColumns<V, N>(grid, x, kernel + f, out + f); });
 }
 
-ffi::Error Convolve(ffi::ThreadPool pool, int64_t stride, Array x, Array kernel, Result y) {
-  Shape s(x, y->dimensions(), kernel.dimensions()[0], stride);
-  Grid grid{s.out_height, s.out_width, s.features, s.size, s.size * s.channels, s.row(),
-            (size_t)s.stride * s.channels, s.stride * s.row(), (size_t)s.features, (size_t)s.out_width * s.features};
-  const float *images = x.typed_data(), *weights = kernel.typed_data();
-  float* out = y->typed_data();
-  ParallelFor(pool, s.batch, [=](int b) {
-    const float* padded = Pad(images + b * s.image(), s.height, s.width, s.channels, s.pad());
-    ConvolveGrid(grid, padded, weights, out + b * s.out());
-  });
-  return ffi::Error::Success();
+// `image` with `pad` pixels of zeros on every side. write(row, pixels) makes a row of the image.
+template <class F>
+void Pad(int height, int width, int channels, int pad, float* padded, F write) {
+  size_t margin = (size_t)pad * channels, row = (size_t)width * channels + 2 * margin;
+  std::fill_n(padded, pad * row, 0.f);
+  std::fill_n(padded + (pad + height) * row, pad * row, 0.f);
+  for (int y = 0; y < height; y++) {
+    float* to = padded + (pad + y) * row;
+    std::fill_n(to, margin, 0.f);
+    write(y, to + margin);
+    std::fill_n(to + row - margin, margin, 0.f);
+  }
 }
 
-// The convolution of `x` with its pixels spread out by `stride`, zeros between them. Pixels of the output whose
-// coordinates are alike modulo `stride` see the same taps: each such phase is a convolution of `x` as it is.
-ffi::Error ConvolveSpread(ffi::ThreadPool pool, int64_t stride, Array x, Array kernel, Result y) {
-  Shape s(x, y->dimensions(), kernel.dimensions()[0], stride);
-  struct Phase {
-    Grid grid;
-    size_t from, to;  // of its first window and pixel
-    std::vector<float> kernel;
-  };
-  struct Along {
-    int first, count, shift;  // taps, and the pixel of `x` that the first meets, from the output's divided by stride
-    Along(int phase, int size, int stride) {
-      int before = size - 1 - size / 2;
-      first = ((before - phase) % stride + stride) % stride;
-      count = (size - first + stride - 1) / stride;
-      shift = (phase + first - before) / stride;
-    }
-  };
+Grid ForwardGrid(const Shape& s) {
+  return {s.out_height, s.out_width, s.features, s.size, s.size * s.channels, s.row(), (size_t)s.stride * s.channels,
+          s.stride * s.row(), (size_t)s.features, (size_t)s.out_width * s.features};
+}
+
+// The input gradient is the convolution of the output's, its pixels spread out by `stride`, with the kernel turned by half
+// a circle. Pixels whose coordinates are alike modulo `stride` see the same taps: each such phase is a convolution of the
+// output's gradient as it is.
+struct Phase {
+  Grid grid;
+  size_t from, to;  // of its first window and pixel
+  std::vector<float> kernel;
+};
+
+struct Along {
+  int first, count, shift;  // taps, and the pixel of the gradient that the first meets, from the input's divided by stride
+  Along(int phase, int size, int stride) {
+    int before = size - 1 - size / 2;
+    first = ((before - phase) % stride + stride) % stride;
+    count = (size - first + stride - 1) / stride;
+    shift = (phase + first - before) / stride;
+  }
+};
+
+std::vector<Phase> Phases(const Shape& s, const float* kernel) {
   std::vector<Phase> phases;
-  int tap = s.channels * s.features;
-  for (int a = 0; a < std::min(s.stride, s.out_height); a++)
-    for (int b = 0; b < std::min(s.stride, s.out_width); b++) {
+  size_t row = (size_t)(s.out_width + 2 * s.pad()) * s.features;  // of the padded gradient
+  for (int a = 0; a < std::min(s.stride, s.height); a++)
+    for (int b = 0; b < std::min(s.stride, s.width); b++) {
       Along down(a, s.size, s.stride), along(b, s.size, s.stride);
-      Grid grid{(s.out_height - a + s.stride - 1) / s.stride, (s.out_width - b + s.stride - 1) / s.stride, s.features,
-                down.count, along.count * s.channels, s.row(), (size_t)s.channels, s.row(),
-                (size_t)s.stride * s.features, (size_t)s.stride * s.out_width * s.features};
-      Phase phase{grid, (s.pad() + down.shift) * s.row() + (size_t)(s.pad() + along.shift) * s.channels,
-                  ((size_t)a * s.out_width + b) * s.features, {}};
+      Grid grid{(s.height - a + s.stride - 1) / s.stride, (s.width - b + s.stride - 1) / s.stride, s.channels, down.count,
+                along.count * s.features, row, (size_t)s.features, row, (size_t)s.stride * s.channels,
+                (size_t)s.stride * s.width * s.channels};
+      Phase phase{grid, (s.pad() + down.shift) * row + (size_t)(s.pad() + along.shift) * s.features,
+                  ((size_t)a * s.width + b) * s.channels, {}};
       for (int i = down.first; i < s.size; i += s.stride)
         for (int j = along.first; j < s.size; j += s.stride) {
-          const float* from = kernel.typed_data() + (size_t)(i * s.size + j) * tap;
-          phase.kernel.insert(phase.kernel.end(), from, from + tap);
+          const float* tap = kernel + (size_t)((s.size - 1 - i) * s.size + s.size - 1 - j) * s.channels * s.features;
+          for (int f = 0; f < s.features; f++)
+            for (int c = 0; c < s.channels; c++) phase.kernel.push_back(tap[(size_t)c * s.features + f]);
         }
       phases.push_back(std::move(phase));
     }
-  const float* images = x.typed_data();
+  return phases;
+}
+
+ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor, Array bias,
+                   Array kernel, Result y, Result ymean, Result yvar) {
+  Shape s(x, y->dimensions(), kernel.dimensions()[0], stride);
+  Reading read{reading, mean.typed_data(), factor.typed_data(), bias.typed_data()};
+  const float *images = x.typed_data(), *weights = kernel.typed_data();
   float* out = y->typed_data();
-  ParallelFor(pool, s.batch, [=, &phases](int b) {
-    const float* padded = Pad(images + b * s.image(), s.height, s.width, s.channels, s.pad());
-    for (const Phase& phase : phases)
-      ConvolveGrid(phase.grid, padded + phase.from, phase.kernel.data(), out + b * s.out() + phase.to);
+  Grid grid = ForwardGrid(s);
+  std::vector<float> moments((size_t)s.batch * 2 * s.features);
+  float* parts = moments.data();
+  ParallelFor(pool, s.batch, [=](int b) {
+    float* z = Scratch(0, s.padded());
+    const float* image = images + b * s.image();
+    Pad(s.height, s.width, s.channels, s.pad(), z,
+        [&](int row, float* to) { Read(read, image + (size_t)row * s.width * s.channels, s.width, s.channels, to); });
+    ConvolveGrid(grid, z, weights, out + b * s.out());
+    float* part = parts + (size_t)b * 2 * s.features;
+    Moments(out + b * s.out(), s.out_height * s.out_width, s.features, part, part + s.features);
   });
+  MergeMoments(parts, s.batch, s.out_height * s.out_width, s.features, ymean->typed_data(), yvar->typed_data());
   return ffi::Error::Success();
 }
 
-// M taps' gradients, of N vectors of features, over all pixels of an image. `x`: the first tap of the first pixel.
+// M taps' gradients, of N vectors of features, over all pixels of an image. `x`: the first tap of the first pixel; `g`: of
+// the padded gradient the first pixel inside.
 template <class V, int M, int N>
 inline void AddTaps(const Shape& s, const float* x, const float* g, float* gradient) {
   constexpr int kLanes = sizeof(V) / sizeof(float);
   V sum[M][N] = {};
-  for (int y = 0; y < s.out_height; y++) {
+  for (int y = 0; y < s.out_height; y++, g += 2 * s.pad() * s.features) {
     const float* at = x + y * s.stride * s.row();
     for (int p = 0; p < s.out_width; p++, at += s.stride * s.channels, g += s.features) {
       V v[N];
@@ -216,33 +220,66 @@ inline void AddTaps(const Shape& s, const float* x, const float* g, float* gradi
     }
 }
 
-ffi::Error ConvolutionKernelGradient(ffi::ThreadPool pool, int64_t stride, Array x, Array g, Result gradient) {
-  Shape s(x, g.dimensions(), gradient->dimensions()[0], stride);
-  const float *images = x.typed_data(), *gs = g.typed_data();
-  SumOfGroups(pool, s.kernel(), gradient->typed_data(), [=](int group, float* sums) {
-    int taps = s.size * s.channels;
+// Adds an image's part of the kernel's gradient: `z` and `g` are padded.
+void AddKernelGradient(const Shape& s, const float* z, const float* g, float* sums) {
+  int taps = s.size * s.channels;
+  g += ((size_t)s.pad() * (s.out_width + 2 * s.pad()) + s.pad()) * s.features;
+  for (int i = 0; i < s.size; i++)
+    ForFeatures(s.features, [&]<class V, int N>(int f) {
+      const float* x = z + i * s.row();
+      float* to = sums + (size_t)i * taps * s.features + f;
+      int t = 0;
+      auto blocks = [&]<int M>() {
+        for (; t + M <= taps; t += M) AddTaps<V, M, N>(s, x + t, g + f, to + (size_t)t * s.features);
+      };
+      blocks.template operator()<kAccumulators / N>();
+      blocks.template operator()<3>();
+      blocks.template operator()<1>();
+    });
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor, Array bias,
+                    Array kernel, Array y, Array ymean, Array gy, Array gmean, Array gvar, Result gx, Result gfactor,
+                    Result gbias, Result gkernel) {
+  Shape s(x, y.dimensions(), kernel.dimensions()[0], stride);
+  Reading read{reading, mean.typed_data(), factor.typed_data(), bias.typed_data()};
+  const float *images = x.typed_data(), *ys = y.typed_data(), *gys = gy.typed_data();
+  float* out = gx->typed_data();
+  int pixels = s.out_height * s.out_width;
+  OutputGradient gradient(s.features, (double)s.batch * pixels, ymean.typed_data(), gmean.typed_data(), gvar.typed_data());
+  std::vector<Phase> phases = Phases(s, kernel.typed_data());
+  // The gradients of the kernel, the factor and the bias lie one behind the other.
+  size_t size = s.kernel() + 2 * s.channels;
+  std::vector<float> total(size);
+  SumOfGroups(pool, size, total.data(), [=, &gradient, &phases](int group, float* sums) {
+    float *z = Scratch(0, s.padded()), *g = Scratch(1, s.padded_out()), *gz = Scratch(2, s.image());
     for (int b = group; b < s.batch; b += kGroups) {
-      const float* padded = Pad(images + b * s.image(), s.height, s.width, s.channels, s.pad());
-      for (int i = 0; i < s.size; i++)
-        ForFeatures(s.features, [&]<class V, int N>(int f) {
-          const float *x = padded + i * s.row(), *from = gs + b * s.out() + f;
-          float* to = sums + (size_t)i * taps * s.features + f;
-          int t = 0;
-          auto blocks = [&]<int M>() {
-            for (; t + M <= taps; t += M) AddTaps<V, M, N>(s, x + t, from, to + (size_t)t * s.features);
-          };
-          blocks.template operator()<kAccumulators / N>();
-          blocks.template operator()<3>();
-          blocks.template operator()<1>();
-        });
+      const float* image = images + b * s.image();
+      size_t in_row = (size_t)s.width * s.channels, out_row = (size_t)s.out_width * s.features;
+      Pad(s.height, s.width, s.channels, s.pad(), z,
+          [&](int row, float* to) { Read(read, image + row * in_row, s.width, s.channels, to); });
+      Pad(s.out_height, s.out_width, s.features, s.pad(), g, [&](int row, float* to) {
+        size_t at = b * s.out() + row * out_row;
+        gradient.Write(gys + at, ys + at, s.out_width, to);
+      });
+      for (const Phase& phase : phases)
+        ConvolveGrid(phase.grid, g + phase.from, phase.kernel.data(), gz + phase.to);
+      WriteInputGradient(read, image, gz, s.height * s.width, s.channels, out + b * s.image(), sums + s.kernel(),
+                         sums + s.kernel() + s.channels);
+      AddKernelGradient(s, z, g, sums);
     }
   });
+  std::copy_n(total.data(), s.kernel(), gkernel->typed_data());
+  std::copy_n(total.data() + s.kernel(), s.channels, gfactor->typed_data());
+  std::copy_n(total.data() + s.kernel() + s.channels, s.channels, gbias->typed_data());
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve, Convolve, STRIDED.Arg<Array>().Arg<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convolve_spread, ConvolveSpread, STRIDED.Arg<Array>().Arg<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_kernel_gradient, ConvolutionKernelGradient,
-                              STRIDED.Arg<Array>().Arg<Array>().Ret<Array>());
+#define READING STRIDED.Attr<int64_t>("reading").Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_forward, Forward, READING.Ret<Array>().Ret<Array>().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_backward, Backward,
+                              READING.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>()
+                                  .Ret<Array>().Ret<Array>().Ret<Array>());
