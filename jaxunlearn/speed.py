@@ -6,6 +6,7 @@ answers with the seconds of one step. So two sides take turns, a burst each, and
 
 import dataclasses
 import functools
+import math
 import resource
 import sys
 import time
@@ -80,7 +81,7 @@ def answer(
 ) -> None:
     """Says `about`, then answers every name in `bursts`, (steps, what runs so many), with the seconds of a step.
 
-    The first burst of a name is preceded by two that are not timed. The answer to None, the last, is `close()`.
+    The answer to None, the last, is `close()`.
     """
     connection.send(about)
     repeats: dict[str, int] = {}
@@ -91,9 +92,10 @@ def answer(
             start = time.perf_counter()
             run()
             repeats[name] = max(1, round(BURST_SECONDS / (time.perf_counter() - start)))
-        start = time.perf_counter()
-        for _ in range(repeats[name]):
-            run()
+        for _ in ("untimed", "timed"):  # a process that was idle while the other side ran is slower for seconds
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
         connection.send((time.perf_counter() - start) / (repeats[name] * steps))
     connection.send(close())
 
@@ -235,7 +237,7 @@ def multiply_adds(protocol: Protocol, num_classes: int) -> int:
         out = call(*args, **kwargs)
         if isinstance(context.module, Conv | Linear) and context.method_name == "__call__":
             kernel = context.module.variables["params"]["kernel"]
-            total += out.size * (kernel.size // kernel.shape[-1])
+            total += math.prod(out.shape) * (kernel.size // kernel.shape[-1])
         return out
 
     with nn.intercept_methods(count):

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxunlearn.ops.convolution import conv2d
+from jaxunlearn.ops.fused import Convolved, Image, Normalised, convolve, written
 from jaxunlearn.ops.normalization import EPS, batch_norm
 
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's sense: new = 0.9 * old + 0.1 * batch
@@ -23,7 +24,10 @@ def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 class Conv(nn.Module):
-    """Bias-free convolution: [B, H, W, channels] -> [B, ceil(H / stride), ceil(W / stride), features]."""
+    """Bias-free convolution: [B, H, W, channels] -> [B, ceil(H / stride), ceil(W / stride), features].
+
+    The result is `Convolved` where a compiled kernel makes it: BatchNorm takes either.
+    """
 
     features: int
     kernel_size: int = 3
@@ -32,10 +36,13 @@ class Conv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+    def __call__(self, image: Image) -> Array | Convolved:
+        if not isinstance(image, Normalised):
+            image = image.astype(self.dtype)
+        shape = (self.kernel_size, self.kernel_size, image.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", SHAPE_ONLY, shape, parameter_dtype(self.dtype))
-        return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+        convolved = convolve(image, kernel, self.stride, self.groups)
+        return convolved or conv2d(written(image), kernel.astype(self.dtype), self.stride, self.groups)
 
 
 class Linear(nn.Module):
@@ -58,28 +65,34 @@ class BatchNorm(nn.Module):
     In train mode normalises by the biased variance of the batch and moves the running statistics towards the batch's
     mean and *unbiased* variance; in eval mode normalises by the running statistics. Variables: params `scale`, `bias`;
     batch_stats `mean`, `var`; each [channels].
+
+    What is `Convolved` and gets no residual is returned `Normalised`, for the next convolution to read.
     """
 
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool, relu: bool = False, residual: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array | Convolved, train: bool, relu: bool = False, residual: Image | None = None
+    ) -> Image:
         held = parameter_dtype(self.dtype)
-        shape = (x.shape[-1],)
+        residual = None if residual is None else written(residual)
+        array, *moments = x if isinstance(x, Convolved) else (x.astype(self.dtype),)
+        shape = (array.shape[-1],)
         scale = self.param("scale", nn.initializers.ones_init(), shape, held)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, held)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, held)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, held)
-        x = x.astype(self.dtype)
+        mean, var = running_mean.value, running_var.value
         if train:
-            y, mean, var = batch_norm(x, scale, bias, residual, running_mean.value, relu)
+            y, *batch = (array, *moments) if moments else batch_norm(array, scale, bias, residual, mean, relu)
             if not self.is_initializing():
-                count = x.size // x.shape[-1]
+                count = array.size // array.shape[-1]
                 keep, move = 1 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM
-                running_mean.value = keep * running_mean.value + move * mean
-                running_var.value = keep * running_var.value + move * (count / max(count - 1, 1)) * var
-            return y
-        y = (x.astype(held) - running_mean.value) * (scale * lax.rsqrt(running_var.value + EPS)) + bias
-        if residual is not None:
-            y = y + residual.astype(held)
-        return (nn.relu(y) if relu else y).astype(self.dtype)
+                running_mean.value = keep * mean + move * batch[0]
+                running_var.value = keep * var + move * (count / max(count - 1, 1)) * batch[1]
+            if not moments:
+                return y
+            mean, var = batch
+        image = Normalised(array, mean, scale * lax.rsqrt(var + EPS), bias, relu)
+        return image if moments and residual is None else written(image, residual)

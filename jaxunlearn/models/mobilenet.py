@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
+from jaxunlearn.ops.fused import Image, written
 
 
 def stages(stride: int) -> tuple[tuple[int, int, int, int], ...]:
@@ -48,32 +49,33 @@ class MobileNetV2(nn.Module):
                 x = self._block(f"features.{index}.conv", x, expansion, channels, stride, train)
                 index += 1
         x = self._conv_bn(f"features.{index}.0", f"features.{index}.1", x, 1280, train, size=1)
-        x = x.astype(parameter_dtype(self.dtype)).mean((1, 2))
+        x = written(x).astype(parameter_dtype(self.dtype)).mean((1, 2))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return Linear(self.num_classes, parameter_dtype(self.dtype), name="classifier.1")(x)
 
-    def _block(self, name: str, x: Array, expansion: int, channels: int, stride: int, train: bool) -> Array:
+    def _block(self, name: str, x: Image, expansion: int, channels: int, stride: int, train: bool) -> Image:
         """1x1 expansion, depthwise 3x3, linear 1x1 projection; residual when the shape is kept."""
-        y, number, width = x, 0, expansion * x.shape[-1]
+        keeps = stride == 1 and x.shape[-1] == channels
+        y = x = written(x) if keeps else x
+        number, width = 0, expansion * x.shape[-1]
         if expansion != 1:
             y = self._conv_bn(f"{name}.0.0", f"{name}.0.1", y, width, train, size=1)
             number = 1
         y = self._conv_bn(f"{name}.{number}.0", f"{name}.{number}.1", y, width, train, stride=stride, groups=width)
-        residual = x if stride == 1 and x.shape[-1] == channels else None
         y = Conv(channels, 1, dtype=self.dtype, name=f"{name}.{number + 1}")(y)
-        return BatchNorm(self.dtype, name=f"{name}.{number + 2}")(y, train, residual=residual)
+        return BatchNorm(self.dtype, name=f"{name}.{number + 2}")(y, train, residual=x if keeps else None)
 
     def _conv_bn(
         self,
         conv: str,
         norm: str,
-        x: Array,
+        x: Image,
         features: int,
         train: bool,
         *,
         size: int = 3,
         stride: int = 1,
         groups: int = 1,
-    ) -> Array:
+    ) -> Image:
         x = Conv(features, size, stride, groups, self.dtype, name=conv)(x)
         return BatchNorm(self.dtype, name=norm)(x, train, relu=True)

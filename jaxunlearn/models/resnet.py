@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
+from jaxunlearn.ops.fused import Image, written
 
 
 class ResNet20(nn.Module):
@@ -28,17 +29,19 @@ class ResNet20(nn.Module):
             for block in range(3):
                 stride = 2 if stage > 1 and block == 0 else 1
                 x = self._block(f"layer{stage}.{block}", x, channels, stride, train)
-        x = x.astype(parameter_dtype(self.dtype)).mean((1, 2))
+        x = written(x).astype(parameter_dtype(self.dtype)).mean((1, 2))
         return Linear(self.num_classes, parameter_dtype(self.dtype), name="linear")(x)
 
-    def _block(self, name: str, x: Array, channels: int, stride: int, train: bool) -> Array:
+    def _block(self, name: str, x: Image, channels: int, stride: int, train: bool) -> Image:
+        x = written(x)
         y = Conv(channels, stride=stride, dtype=self.dtype, name=f"{name}.conv1")(x)
         y = BatchNorm(dtype=self.dtype, name=f"{name}.bn1")(y, train, relu=True)
         y = Conv(channels, dtype=self.dtype, name=f"{name}.conv2")(y)
-        if x.shape != y.shape and self.shortcut == "A":
+        keeps = stride == 1 and x.shape[-1] == channels
+        if not keeps and self.shortcut == "A":
             pad = (channels - x.shape[-1]) // 2
             x = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (pad, pad)))
-        elif x.shape != y.shape:
+        elif not keeps:
             x = Conv(channels, kernel_size=1, stride=stride, dtype=self.dtype, name=f"{name}.shortcut.0")(x)
             x = BatchNorm(dtype=self.dtype, name=f"{name}.shortcut.1")(x, train)
         return BatchNorm(dtype=self.dtype, name=f"{name}.bn2")(y, train, relu=True, residual=x)

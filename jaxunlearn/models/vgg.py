@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
+from jaxunlearn.ops.fused import written
 from jaxunlearn.ops.pooling import max_pool
 
 # Features of each 3x3 convolution, block by block; a 2x2 max-pool ends each block.
@@ -31,7 +32,7 @@ class VGG16BN(nn.Module):
                 x = Conv(features, dtype=self.dtype, name=f"features.{number}")(x)
                 x = BatchNorm(dtype=self.dtype, name=f"features.{number + 1}")(x, train, relu=True)
                 number += 3
-            x = max_pool(x)
+            x = max_pool(written(x))
             number += 1
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(Linear(512, self.dtype, name="classifier.0")(x))

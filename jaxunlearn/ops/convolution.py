@@ -58,8 +58,6 @@ def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
     if native.usable(x, kernel):
         if _is_native_depthwise(groups):
             return native.call("depthwise", x, kernel, like=xla_form, **_options(stride, spread=False))
-        if _is_native(kernel, groups):
-            return native.call("convolve", x, kernel, like=xla_form, **_options(stride))
     return xla_form(x, kernel)
 
 
@@ -90,9 +88,6 @@ def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int)
         if _is_native_depthwise(groups):
             xla_form = partial(depthwise.input_gradient, shape=x.shape[1:3], stride=stride)
             return native.call("depthwise", g, kernel, like=xla_form, shape=x.shape, **_options(stride, spread=True))
-        if _is_native(kernel.transpose(0, 1, 3, 2), groups):
-            xla_form = partial(_spread_conv, shape=x.shape[1:3], stride=stride)
-            return native.call("convolve_spread", g, _turned(kernel), like=xla_form, shape=x.shape, **_options(stride))
     if on_cpu():
         if groups > 1:
             return depthwise.input_gradient(g, kernel, x.shape[1:3], stride)
@@ -111,12 +106,6 @@ def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int
         options: dict[str, Any] = {"like": xla_form, "shape": kernel.shape} | _options(stride)
         if groups > 1:
             return native.call("depthwise_kernel_gradient", x, g, **options)
-        # Two cores: 16 channels of 32x32: 1.3 ms against XLA's 5.5; 64 of 32x32: 19, 57; 128 of 16x16: 21, 31; 256 of
-        # 8x8: 43, 32. 1x1, 192 to 32 channels of 16x16: 1.0, 3.2; 384 to 64 of 8x8: 1.1, 2.3; 144 to 24: 7.0, 5.2.
-        size, _, _, features = kernel.shape
-        few = kernel.size <= 9 * 128 * 128 if size > 1 else 32 <= features <= 64
-        if features % 8 == 0 and few:
-            return native.call("convolution_kernel_gradient", x, g, **options)
     return xla_form(x, g)
 
 
@@ -134,18 +123,6 @@ def _xla_kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups:
         if x.shape[1] > 2:
             return _kernel_gradient_conv(x, g, size, stride)
     return jax.linear_transpose(lambda kernel: _xla_forward(x, kernel, stride, groups), kernel)(g)[0]
-
-
-def _is_native(kernel: Array, groups: int) -> bool:
-    """Whether the compiled kernel is faster than the forms of `_xla_forward`.
-
-    Two cores, theirs behind: 3x3, 16 channels of 32x32: 1.3 ms, 2.7; 32 of 16x16: 1.2, 2.4; 64 of 8x8: 1.2, 1.3; 64 of
-    32x32: 19.0, 18.0; 64 to 128 of 16x16: 9.3, 8.2. 1x1 on 32x32, 16 to 96: 1.5, 5.1; 24 to 144: 2.7, 7.5; 32 on 16x16
-    to 192: 1.1, 1.0.
-    """
-    size, _, channels, features = kernel.shape
-    few = kernel.size <= 9 * 64 * 64 if size > 1 else min(channels, features) < 32
-    return groups == 1 and features % 8 == 0 and few
 
 
 def _is_native_depthwise(groups: int) -> bool:

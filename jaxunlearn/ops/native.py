@@ -32,8 +32,8 @@ SOURCES = Path(__file__).parent / "kernels"
 # Contracted to fused multiply-adds, but without -ffast-math: a NaN must stay one for a diverged seed to be seen.
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-w")
 KERNELS = (
-    "convolve",
-    "convolve_spread",
+    "convolution_forward",
+    "convolution_backward",
     "convolution_kernel_gradient",
     "depthwise",
     "depthwise_kernel_gradient",
@@ -43,8 +43,15 @@ KERNELS = (
 
 
 def usable(*arrays: Array) -> bool:
-    """Whether the kernels take these arrays in the program that is traced now."""
-    if not on_cpu() or any(array.dtype != jnp.float32 or array.size == 0 for array in arrays):
+    """Whether the kernels take these arrays, all float32, in the program that is traced now."""
+    return takes(*arrays)
+
+
+def takes(image: Array, *parameters: Array) -> bool:
+    """Whether the kernels take an image and float32 parameters in the program that is traced now."""
+    if not on_cpu() or image.dtype != jnp.float32 or any(array.dtype != jnp.float32 for array in parameters):
+        return False
+    if 0 in (image.size, *(array.size for array in parameters)):
         return False
     # XLA does not divide a foreign call among devices: each would do all of it.
     alone = jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1

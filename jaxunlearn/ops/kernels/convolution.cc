@@ -238,20 +238,18 @@ void AddKernelGradient(const Shape& s, const float* z, const float* g, float* su
     });
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor, Array bias,
-                    Array kernel, Array y, Array ymean, Array gy, Array gmean, Array gvar, Result gx, Result gfactor,
-                    Result gbias, Result gkernel) {
-  Shape s(x, y.dimensions(), kernel.dimensions()[0], stride);
-  Reading read{reading, mean.typed_data(), factor.typed_data(), bias.typed_data()};
+// `gx` null: the kernel's gradient alone.
+void Gradients(ffi::ThreadPool& pool, const Shape& s, const Reading& read, const Array& x, const Array& kernel,
+               const Array& y, const Array& ymean, const Array& gy, const Array& gmean, const Array& gvar, float* gkernel,
+               float* gx, float* gfactor, float* gbias) {
   const float *images = x.typed_data(), *ys = y.typed_data(), *gys = gy.typed_data();
-  float* out = gx->typed_data();
   int pixels = s.out_height * s.out_width;
   OutputGradient gradient(s.features, (double)s.batch * pixels, ymean.typed_data(), gmean.typed_data(), gvar.typed_data());
-  std::vector<Phase> phases = Phases(s, kernel.typed_data());
+  std::vector<Phase> phases;
+  if (gx) phases = Phases(s, kernel.typed_data());
   // The gradients of the kernel, the factor and the bias lie one behind the other.
-  size_t size = s.kernel() + 2 * s.channels;
-  std::vector<float> total(size);
-  SumOfGroups(pool, size, total.data(), [=, &gradient, &phases](int group, float* sums) {
+  std::vector<float> total(s.kernel() + 2 * s.channels);
+  SumOfGroups(pool, total.size(), total.data(), [=, &s, &read, &gradient, &phases](int group, float* sums) {
     float *z = Scratch(0, s.padded()), *g = Scratch(1, s.padded_out()), *gz = Scratch(2, s.image());
     for (int b = group; b < s.batch; b += kGroups) {
       const float* image = images + b * s.image();
@@ -262,24 +260,44 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array
         size_t at = b * s.out() + row * out_row;
         gradient.Write(gys + at, ys + at, s.out_width, to);
       });
-      for (const Phase& phase : phases)
-        ConvolveGrid(phase.grid, g + phase.from, phase.kernel.data(), gz + phase.to);
-      WriteInputGradient(read, image, gz, s.height * s.width, s.channels, out + b * s.image(), sums + s.kernel(),
-                         sums + s.kernel() + s.channels);
       AddKernelGradient(s, z, g, sums);
+      if (!gx) continue;
+      for (const Phase& phase : phases) ConvolveGrid(phase.grid, g + phase.from, phase.kernel.data(), gz + phase.to);
+      WriteInputGradient(read, image, gz, s.height * s.width, s.channels, gx + b * s.image(), sums + s.kernel(),
+                         sums + s.kernel() + s.channels);
     }
   });
-  std::copy_n(total.data(), s.kernel(), gkernel->typed_data());
-  std::copy_n(total.data() + s.kernel(), s.channels, gfactor->typed_data());
-  std::copy_n(total.data() + s.kernel() + s.channels, s.channels, gbias->typed_data());
+  std::copy_n(total.data(), s.kernel(), gkernel);
+  if (!gx) return;
+  std::copy_n(total.data() + s.kernel(), s.channels, gfactor);
+  std::copy_n(total.data() + s.kernel() + s.channels, s.channels, gbias);
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor, Array bias,
+                    Array kernel, Array y, Array ymean, Array gy, Array gmean, Array gvar, Result gx, Result gfactor,
+                    Result gbias, Result gkernel) {
+  Shape s(x, y.dimensions(), kernel.dimensions()[0], stride);
+  Reading read{reading, mean.typed_data(), factor.typed_data(), bias.typed_data()};
+  Gradients(pool, s, read, x, kernel, y, ymean, gy, gmean, gvar, gkernel->typed_data(), gx->typed_data(),
+            gfactor->typed_data(), gbias->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error KernelGradient(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor,
+                          Array bias, Array kernel, Array y, Array ymean, Array gy, Array gmean, Array gvar,
+                          Result gkernel) {
+  Shape s(x, y.dimensions(), kernel.dimensions()[0], stride);
+  Reading read{reading, mean.typed_data(), factor.typed_data(), bias.typed_data()};
+  Gradients(pool, s, read, x, kernel, y, ymean, gy, gmean, gvar, gkernel->typed_data(), nullptr, nullptr, nullptr);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 #define READING STRIDED.Attr<int64_t>("reading").Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
+#define GRADIENTS READING.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_forward, Forward, READING.Ret<Array>().Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_backward, Backward,
-                              READING.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>()
-                                  .Ret<Array>().Ret<Array>().Ret<Array>());
+                              GRADIENTS.Ret<Array>().Ret<Array>().Ret<Array>().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_kernel_gradient, KernelGradient, GRADIENTS.Ret<Array>());

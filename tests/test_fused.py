@@ -1,0 +1,103 @@
+"""Convolutions that read a normalised image and leave the moments of their result, against plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_layers import assert_close, lax_conv, random
+
+from jaxunlearn.ops import native
+from jaxunlearn.ops.fused import Normalised, convolve, written
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("full_precision"),
+    pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler"),
+]
+
+# batch, height, width, channels, features, kernel, stride, groups
+SHAPES = [
+    (4, 8, 8, 3, 16, 3, 1, 1),  # stem
+    (4, 8, 8, 16, 16, 3, 1, 1),
+    (3, 7, 5, 16, 32, 3, 2, 1),  # odd and oblong
+    (2, 5, 17, 56, 40, 3, 1, 1),  # vectors of all widths
+    (2, 7, 9, 24, 16, 3, 3, 1),
+    (3, 1, 1, 24, 24, 3, 1, 1),
+    (2, 7, 6, 16, 24, 5, 2, 1),
+]
+
+
+def arguments(batch, height, width, channels, features, size, stride, groups):
+    """x, mean, factor, bias, kernel; and cotangents of y, its mean and its variance."""
+    pixels = batch, -(-height // stride), -(-width // stride)
+    x, kernel = random(batch, height, width, channels), random(size, size, channels // groups, features, seed=1)
+    parameters = [random(channels, seed=seed) / 4 + offset for seed, offset in ((2, 0), (3, 1), (4, 0))]
+    cotangents = [random(*pixels, features, seed=5), *(np.prod(pixels) * random(features, seed=seed) for seed in (6, 7))]
+    return (x, *parameters, kernel / np.sqrt(size * size * channels / groups)), tuple(cotangents)
+
+
+def plain(x, mean, factor, bias, kernel, *, stride, groups, reading):
+    z = (x - mean) * factor + bias if reading else x
+    y = lax_conv(jnp.where(z > 0, z, 0) if reading == "relu" else z, kernel, stride, groups)
+    return y, y.mean((0, 1, 2)), y.var((0, 1, 2))
+
+
+def fused(x, mean, factor, bias, kernel, *, stride, groups, reading):
+    image = Normalised(x, mean, factor, bias, reading == "relu") if reading else x
+    return tuple(convolve(image, kernel, stride, groups))
+
+
+def values_and_gradients(function, primals, cotangents, **of):
+    values, pull = jax.vjp(lambda *primals: function(*primals, **of), *primals)
+    return values, pull(cotangents)
+
+
+@pytest.mark.parametrize("reading", [None, "affine", "relu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_are_those_of_the_layers_apart(shape, reading):
+    of = {"stride": shape[-2], "groups": shape[-1], "reading": reading}
+    expected = jax.jit(lambda *a: values_and_gradients(plain, *a, **of))(*arguments(*shape))
+    assert_close(jax.jit(lambda *a: values_and_gradients(fused, *a, **of))(*arguments(*shape)), expected)
+
+
+def test_padding_is_none_of_the_normalised_image():
+    x, kernel = jnp.zeros((1, 3, 3, 16)), jnp.ones((3, 3, 16, 16))
+    image = Normalised(x, jnp.zeros(16), jnp.ones(16), jnp.ones(16), relu=True)  # ones all over
+    y = convolve(image, kernel, 1, 1).y[0, :, :, 0] / 16
+    np.testing.assert_array_equal(y, [[4, 6, 4], [6, 9, 6], [4, 6, 4]])
+
+
+def test_the_variance_does_not_cancel():
+    x = 1000 + random(8, 8, 8, 16)
+    _, mean, var = convolve(x, jnp.eye(16)[None, None], 1, 1)
+    flat = np.asarray(x, np.float64).reshape(-1, 16)
+    np.testing.assert_allclose(mean, flat.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(var, flat.var(0), rtol=1e-4)
+
+
+def test_nan_stays_nan_in_the_result_and_in_the_gradients():
+    (x, *parameters, kernel), cotangents = arguments(2, 8, 8, 16, 16, 3, 1, 1)
+    bad = x.at[1, 4, 4, 3].set(jnp.nan)
+    of = {"stride": 1, "groups": 1, "reading": "relu"}
+    (y, mean, var), (gx, _, _, _, gkernel) = values_and_gradients(fused, (bad, *parameters, kernel), cotangents, **of)
+    assert jnp.isnan(y[1, 3:6, 3:6]).all() and jnp.isfinite(y[0]).all() and jnp.isnan(mean).all()
+    assert jnp.isnan(gkernel).all()
+
+
+def test_seeds_vmapped_are_seeds_alone():
+    of = {"stride": 1, "groups": 1, "reading": "relu"}
+    primals, cotangents = arguments(4, 6, 6, 16, 24, 3, 1, 1)
+    two = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), (primals, cotangents))
+    together = jax.jit(jax.vmap(lambda *a: values_and_gradients(fused, *a, **of)))(*two)
+    alone = jax.jit(lambda *a: values_and_gradients(fused, *a, **of))
+    for seed in range(2):
+        mine = jax.tree.map(lambda a: a[seed], together)
+        jax.tree.map(np.testing.assert_array_equal, mine, alone(*jax.tree.map(lambda a: a[seed], two)))
+
+
+def test_what_is_read_is_what_is_written_out():
+    (x, *parameters, _), _ = arguments(2, 4, 4, 16, 16, 3, 1, 1)
+    image = Normalised(x, *parameters, relu=True)
+    y = convolve(image, jnp.eye(16)[None, None], 1, 1).y
+    np.testing.assert_allclose(y, written(image), rtol=1e-6, atol=1e-7)
