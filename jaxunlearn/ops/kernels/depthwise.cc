@@ -1,7 +1,9 @@
-// Depthwise convolution of an image as it is read through BatchNorm and ReLU. Bound by memory: every array is visited
-// once, row by row, and what of it is needed again stays in the cache.
+// Depthwise convolution of an image as it is read through BatchNorm and ReLU, and its gradients.
+//
+// Bound by memory, which is at its best when it is passed over in order: 73 to 90 GB/s, against 30 to 55 where sixteen
+// channels of every pixel come first, then the next. So arrays are read and written row by row, all channels of a pixel
+// together; between, rows lie in the cache by blocks of sixteen channels, for which the sums run.
 
-#include <cmath>
 #include <limits>
 
 #include "elements.h"
@@ -10,47 +12,45 @@ namespace {
 
 constexpr int kLanes = 16;
 
-// Parameters are kept for whole vectors of channels, zeros behind the last channel.
 struct Layer {
-  int batch, height, width, channels, size, stride, pad, out_height, out_width, wide;
-  std::vector<float> mean, factor, bias, kernel;
+  int batch, height, width, channels, size, stride, pad, out_height, out_width, blocks;
+  const float *mean, *factor, *bias, *kernel;
   float floor;  // what ReLU lifts to
+  std::vector<float> plain;
 
-  template <class Dimensions>
-  Layer(Dimensions in, int64_t stride, int64_t reading, Array means, Array factors, Array biases, Array kernels)
-      : batch(in[0]), height(in[1]), width(in[2]), channels(in[3]), size(kernels.dimensions()[0]), stride(stride),
+  Layer(ffi::Span<const int64_t> in, int64_t stride, int64_t reading, Array mean, Array factor, Array bias,
+        Array kernel)
+      : batch(in[0]), height(in[1]), width(in[2]), channels(in[3]), size(kernel.dimensions()[0]), stride(stride),
         pad(size / 2), out_height((height + stride - 1) / stride), out_width((width + stride - 1) / stride),
-        wide((channels + kLanes - 1) / kLanes * kLanes), mean(wide), factor(wide, 1.f), bias(wide),
-        kernel(Widened(kernels.typed_data(), size * size)),
+        blocks((channels + kLanes - 1) / kLanes), mean(mean.typed_data()), factor(factor.typed_data()),
+        bias(bias.typed_data()), kernel(kernel.typed_data()),
         floor(reading == 2 ? 0.f : -std::numeric_limits<float>::infinity()) {
-    if (reading == 0) return;
-    mean = Widened(means.typed_data(), 1);
-    factor = Widened(factors.typed_data(), 1);
-    bias = Widened(biases.typed_data(), 1);
-  }
-
-  std::vector<float> Widened(const float* from, int rows) const {
-    std::vector<float> to((size_t)rows * wide);
-    for (int r = 0; r < rows; r++) std::copy_n(from + (size_t)r * channels, channels, to.data() + (size_t)r * wide);
-    return to;
+    if (reading > 0) return;
+    plain.assign(2 * channels, 0.f);
+    std::fill_n(plain.begin(), channels, 1.f);
+    this->factor = plain.data();
+    this->mean = this->bias = plain.data() + channels;
   }
 
   size_t row() const { return (size_t)width * channels; }
   size_t out_row() const { return (size_t)out_width * channels; }
 };
 
-// Rows of an image of floats, the last `count` of those that were made, with zeros on every side.
+// Rows that sums run along together: few pixels would not repay the loading of taps.
+inline int Strip(int width, int height) { return std::clamp(32 / width, 1, height); }
+
+// The latest `slots` rows of an image, by blocks of channels, and zeros on every side.
 struct Ring {
-  int count, height;
-  size_t row, margin;
-  std::vector<float> memory;  // one row more: zeros
+  int slots, height, pad;
+  size_t row, block;
+  std::vector<Vec16> memory;
 
-  Ring(int count, int height, int width, int pad, int wide)
-      : count(count), height(height), row((size_t)(width + 2 * pad) * wide), margin((size_t)pad * wide),
-        memory((count + 1) * row) {}
+  Ring(const Layer& s, int slots, int height, int width)
+      : slots(slots), height(height), pad(s.pad), row(width + 2 * pad), block((slots + 1) * row),
+        memory(s.blocks * block) {}
 
-  // The row's first pixel within the image.
-  float* operator[](int y) { return memory.data() + (y < 0 || y >= height ? count : y % count) * row + margin; }
+  // Where the row's first pixel lies, of the first block.
+  Vec16* operator[](int y) { return memory.data() + (y < 0 || y >= height ? slots : y % slots) * row + pad; }
 };
 
 // What sixteen channels are loaded and stored by: all of them, or the first of them.
@@ -77,7 +77,7 @@ struct Lanes {
 
 // sweep(first channel, lanes) for all channels.
 template <class F>
-void ForChannels(int channels, F sweep) {
+inline void ForChannels(int channels, F sweep) {
   int c = 0;
   for (; c + kLanes <= channels; c += kLanes) sweep(c, Lanes<true>{kLanes});
   if (c < channels) sweep(c, Lanes<false>{channels - c});
@@ -88,66 +88,105 @@ inline Vec16 Constant(float value) { return value - Vec16{}; }
 // NaN stays NaN.
 inline Vec16 AtLeast(Vec16 floor, Vec16 value) { return floor > value ? floor : value; }
 
-template <class E>
-inline Vec16 AsStored(Vec16 value) {
-  if constexpr (sizeof(E) == sizeof(float)) return value;
-  E stored[kLanes];
-  Store16(stored, value);
-  return Load16(stored);
+// Writes past the cache, which would first read what it is to overwrite.
+inline void Stream(void* to, const void* from, size_t bytes) {
+#ifdef __AVX512F__
+  size_t head = std::min<size_t>(bytes, -(uintptr_t)to % 64), at = head;
+  std::memcpy(to, from, head);
+  for (; at + 64 <= bytes; at += 64)
+    _mm512_stream_si512((__m512i*)((char*)to + at), _mm512_loadu_si512((const char*)from + at));
+  std::memcpy((char*)to + at, (const char*)from + at, bytes - at);
+#else
+  std::memcpy(to, from, bytes);
+#endif
 }
 
 template <class E>
-void ReadRow(const Layer& s, const E* x, float* z) {
+void ReadRow(const Layer& s, const E* x, const Ring& ring, Vec16* z) {
+  const float *mean = s.mean, *factor = s.factor, *bias = s.bias;
+  const size_t block = ring.block;
+  const int channels = s.channels;
   Vec16 floor = Constant(s.floor);
-  for (int p = 0; p < s.width; p++, x += s.channels, z += s.wide)
-    ForChannels(s.channels, [&](int c, auto lanes) {
-      Vec16 centred = lanes.Get(x + c) - Load<Vec16>(&s.mean[c]);
-      Store(z + c, AtLeast(floor, centred * Load<Vec16>(&s.factor[c]) + Load<Vec16>(&s.bias[c])));
+  for (int p = s.width; p > 0; p--, x += channels, z++) {
+    Vec16* to = z;
+    ForChannels(channels, [=, &to](int c, auto lanes) {
+      Vec16 centred = lanes.Get(x + c) - lanes.Get(mean + c);
+      *to = AtLeast(floor, centred * lanes.Get(factor + c) + lanes.Get(bias + c));
+      to += block;
     });
+  }
 }
 
-// Mean and squared deviations from it, per channel, of `count` pixels, which grow by rows: those of a row are sums of
-// distances from the mean so far, which lies near enough for float.
+// Mean and squared deviations from it of the pixels so far, per channel.
 struct Statistics {
   int count = 0;
   std::vector<float> mean, squares;
 
-  explicit Statistics(int wide) : mean(wide), squares(wide) {}
+  explicit Statistics(int channels) : mean(channels), squares(channels) {}
 };
 
-// A row of the output, and its statistics. K: the kernel's size if it is known, else 0.
+// `rows` rows of the output from `oy` on, and their statistics: sums of distances from the mean so far, which lies near
+// enough for float. K: the kernel's size if it is known, else 0.
 template <int K, class E>
-void ConvolveRow(const Layer& s, Ring& z, int oy, E* y, Statistics& statistics) {
-  const int size = K ? K : s.size;
-  std::vector<const float*> rows(size);
-  for (int i = 0; i < size; i++) rows[i] = z[oy * s.stride + i - s.pad] - z.margin;
-  Vec16 share = Constant(1.f / (statistics.count + s.out_width));
-  ForChannels(s.channels, [&](int c, auto lanes) {
+void Convolve(const Layer& s, Ring& z, int oy, int rows, E* y, Statistics& statistics) {
+  const int size = K ? K : s.size, stride = s.stride, width = s.out_width, channels = s.channels;
+  std::vector<const Vec16*> seen(rows * size);
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < size; i++) seen[r * size + i] = z[(oy + r) * stride + i - s.pad] - s.pad;
+  const Vec16* const* from = seen.data();
+  const float* kernel = s.kernel;
+  float *means = statistics.mean.data(), *deviations = statistics.squares.data();
+  const size_t block = z.block;
+  Vec16 share = Constant(1.f / (statistics.count + rows * width));
+  ForChannels(channels, [=](int c, auto lanes) {
     Vec16 taps[K * K + 1];
-    for (int n = 0; n < K * K; n++) taps[n] = Load<Vec16>(&s.kernel[(size_t)n * s.wide + c]);
-    Vec16 mean = Load<Vec16>(&statistics.mean[c]), sum = {}, squares = {};
-    const float* row[K + 1];
-    for (int i = 0; i < K; i++) row[i] = rows[i] + c;
-    for (int p = 0; p < s.out_width; p++) {
-      Vec16 value = {};
-      size_t at = (size_t)p * s.stride * s.wide;
+    for (int n = 0; n < K * K; n++) taps[n] = lanes.Get(kernel + (size_t)n * channels + c);
+    Vec16 mean = lanes.Get(means + c), sum = {}, squares = {};
+    E* to = y + c;
+    for (int r = 0; r < rows; r++) {
+      const Vec16* row[K + 1];
+      for (int i = 0; i < K; i++) row[i] = from[r * K + i] + c / kLanes * block;
+      for (int p = 0, at = 0; p < width; p++, at += stride, to += channels) {
+        Vec16 value = {};
 #pragma GCC unroll 3
-      for (int i = 0; i < size; i++)
+        for (int i = 0; i < size; i++)
 #pragma GCC unroll 3
-        for (int j = 0; j < size; j++) {
-          if constexpr (K) value += Load<Vec16>(row[i] + at + (size_t)j * s.wide) * taps[i * K + j];
-          else value += Load<Vec16>(rows[i] + c + at + (size_t)j * s.wide) *
-                        Load<Vec16>(&s.kernel[(size_t)(i * size + j) * s.wide + c]);
-        }
-      lanes.Put(y + (size_t)p * s.channels + c, value);
-      Vec16 apart = AsStored<E>(value) - mean;
-      sum += apart;
-      squares += apart * apart;
+          for (int j = 0; j < size; j++) {
+            if constexpr (K) value += row[i][at + j] * taps[i * K + j];
+            else value += from[r * size + i][c / kLanes * block + at + j] *
+                          lanes.Get(kernel + (size_t)(i * size + j) * channels + c);
+          }
+        lanes.Put(to, value);
+        Vec16 apart = lanes.Get(to) - mean;
+        sum += apart;
+        squares += apart * apart;
+      }
     }
-    Store(&statistics.mean[c], mean + sum * share);
-    Store(&statistics.squares[c], Load<Vec16>(&statistics.squares[c]) + squares - sum * sum * share);
+    lanes.Put(means + c, mean + sum * share);
+    lanes.Put(deviations + c, lanes.Get(deviations + c) + squares - sum * sum * share);
   });
-  statistics.count += s.out_width;
+  statistics.count += rows * width;
+}
+
+template <class E>
+void ForwardImage(const Layer& s, Ring& z, const E* x, E* y, E* scratch, Statistics& own) {
+  auto convolve = [&](int oy, int rows) {
+    if (s.size == 3) Convolve<3>(s, z, oy, rows, scratch, own);
+    else Convolve<0>(s, z, oy, rows, scratch, own);
+  };
+  int ready = 0, strip = Strip(s.out_width, s.out_height);
+  for (int oy = 0; oy < s.out_height; oy += strip) {
+    int rows = std::min(strip, s.out_height - oy);
+    for (; ready < std::min(s.height, (oy + rows - 1) * s.stride - s.pad + s.size); ready++)
+      ReadRow(s, x + ready * s.row(), z, z[ready]);
+    if (own.count == 0) {  // no mean to start from: the first row's
+      convolve(0, 1);
+      own.count = 0;
+      std::fill(own.squares.begin(), own.squares.end(), 0.f);
+    }
+    convolve(oy, rows);
+    Stream(y + oy * s.out_row(), scratch, rows * s.out_row() * sizeof(E));
+  }
 }
 
 template <class E>
@@ -156,28 +195,14 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, ArrayO
   Layer s(x.dimensions(), stride, reading, mean, factor, bias, kernel);
   const E* from = Data<const E>(x);
   E* to = Data<E>(*y);
-  std::vector<Statistics> parts(kGroups, Statistics(s.wide));
+  std::vector<Statistics> parts(kGroups, Statistics(s.channels));
   ParallelFor(pool, kGroups, [&](int group) {
-    Statistics& own = parts[group];
-    Ring z(s.size, s.height, s.width, s.pad, s.wide);
-    for (int b = group; b < s.batch; b += kGroups) {
-      const E* image = from + b * s.height * s.row();
-      E* out = to + b * s.out_height * s.out_row();
-      for (int oy = 0, ready = 0; oy < s.out_height; oy++, out += s.out_row()) {
-        for (; ready < std::min(s.height, oy * s.stride - s.pad + s.size); ready++)
-          ReadRow(s, image + ready * s.row(), z[ready]);
-        auto convolve = [&] {
-          if (s.size == 3) ConvolveRow<3>(s, z, oy, out, own);
-          else ConvolveRow<0>(s, z, oy, out, own);
-        };
-        if (own.count == 0) {  // no mean to start from: the first row's
-          convolve();
-          own.count = 0;
-          std::fill(own.squares.begin(), own.squares.end(), 0.f);
-        }
-        convolve();
-      }
-    }
+    int strip = Strip(s.out_width, s.out_height);
+    Ring z(s, strip * s.stride + s.size, s.height, s.width);
+    std::vector<E> scratch(strip * s.out_row());
+    for (int b = group; b < s.batch; b += kGroups)
+      ForwardImage(s, z, from + b * s.height * s.row(), to + b * s.out_height * s.out_row(), scratch.data(),
+                   parts[group]);
   });
   double pixels = (double)s.batch * s.out_height * s.out_width;
   for (int c = 0; c < s.channels; c++) {
@@ -194,71 +219,129 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, ArrayO
   return ffi::Error::Success();
 }
 
-// The taps, of those along one side of the kernel, that meet input pixels at `phase` modulo the stride: every
-// stride-th. The first meets the output pixel `shift` after the input's divided by the stride, the next the one before.
+// The taps, of those along one side of the kernel, that meet the input's pixel `at`: every stride-th. The first meets
+// the output's pixel `out`, the next the one before.
 struct Along {
-  int first, count, shift;
+  int first, count, out;
 
-  Along(int phase, const Layer& s)
-      : first((phase + s.pad) % s.stride), count(std::max(0, (s.size - first + s.stride - 1) / s.stride)),
-        shift((phase % s.stride + s.pad - first) / s.stride) {}
+  Along(int at, const Layer& s)
+      : first((at + s.pad) % s.stride), count(std::max(0, (s.size - first + s.stride - 1) / s.stride)),
+        out((at + s.pad - first) / s.stride) {}
 };
 
-// Sums over pixels: of every tap's products, for the kernel's gradient, and what gfactor and gbias are.
+// Sums over pixels: the gradients' of all but the image.
 struct Gradients {
   float *kernel, *factor, *bias;
 };
 
-// A row of gx at every stride-th pixel, from `phase` on. R, T: how many rows of g and taps of each meet it, or 0, 0.
-// Each value of g that is loaded serves both the gradient of z and the kernel's.
+// Of `rows` rows of gx from `iy` on every stride-th, and of those every stride-th pixel from `ix` on. R, T: how many
+// rows of g and taps of each meet them, or 0, 0. Each value of g that is loaded serves both the gradient of z and the
+// kernel's.
 template <int R, int T, class E>
-void GradientRow(const Layer& s, Ring& g, int iy, int phase, const E* x, E* gx, const Gradients& gradients) {
-  Along down(iy, s), along(phase, s);
-  const int rows = R ? R : down.count, taps = T ? T : along.count;
-  std::vector<const float*> from(rows);
-  for (int r = 0; r < rows; r++) from[r] = g[iy / s.stride + down.shift - r] + (ptrdiff_t)along.shift * s.wide;
-  auto tap = [&](int r, int t) {
-    return (size_t)((down.first + r * s.stride) * s.size + along.first + t * s.stride) * s.wide;
+void AddGradients(const Layer& s, Ring& g, int iy, int rows, int ix, const E* x, E* gx, const Gradients& gradients) {
+  const int width = s.width, channels = s.channels, stride = s.stride;
+  const Along down(iy, s), along(ix, s);
+  const int lines = R ? R : down.count, taps = T ? T : along.count;
+  std::vector<const Vec16*> met;
+  for (int r = 0; r < rows; r += stride)
+    for (int n = 0; n < lines; n++) met.push_back(g[down.out + r / stride - n] + along.out);
+  const Vec16* const* from = met.data();
+  const float *means = s.mean, *factors = s.factor, *biases = s.bias, *kernel = s.kernel;
+  auto tap = [=, size = s.size](int r, int t) {
+    return (size_t)((down.first + r * stride) * size + along.first + t * stride) * channels;
   };
-  Vec16 floor = Constant(s.floor);
-  ForChannels(s.channels, [&](int c, auto lanes) {
+  const size_t block = g.block;
+  const Vec16 floor = Constant(s.floor);
+  ForChannels(channels, [=](int c, auto lanes) {
     Vec16 k[R * T + 1], sum[R * T + 1];
     for (int n = 0; n < R * T; n++) {
-      k[n] = Load<Vec16>(&s.kernel[tap(n / T, n % T) + c]);
-      sum[n] = Load<Vec16>(gradients.kernel + tap(n / T, n % T) + c);
+      k[n] = lanes.Get(kernel + tap(n / T, n % T) + c);
+      sum[n] = lanes.Get(gradients.kernel + tap(n / T, n % T) + c);
     }
-    const float* row[R + 1];
-    for (int r = 0; r < R; r++) row[r] = from[r] + c;
-    Vec16 mean = Load<Vec16>(&s.mean[c]), factor = Load<Vec16>(&s.factor[c]), bias = Load<Vec16>(&s.bias[c]);
-    Vec16 factors = Load<Vec16>(gradients.factor + c), biases = Load<Vec16>(gradients.bias + c);
-    ptrdiff_t at = 0;
-    for (int p = phase; p < s.width; p += s.stride, at += s.wide) {
-      Vec16 centred = lanes.Get(x + (size_t)p * s.channels + c) - mean;
-      Vec16 z = AtLeast(floor, centred * factor + bias), gz = {};
+    Vec16 mean = lanes.Get(means + c), factor = lanes.Get(factors + c), bias = lanes.Get(biases + c);
+    Vec16 gfactor = lanes.Get(gradients.factor + c), gbias = lanes.Get(gradients.bias + c);
+    const Vec16* const* line = from;
+    for (int r = 0; r < rows; r += stride, line += lines) {
+      const Vec16* row[R + 1];
+      for (int n = 0; n < R; n++) row[n] = line[n] + c / kLanes * block;
+      const size_t begin = ((size_t)r * width + ix) * channels + c;
+      const E* seen = x + begin;
+      E* to = gx + begin;
+      for (int p = ix, at = 0; p < width; p += stride, at++, seen += stride * channels, to += stride * channels) {
+        Vec16 centred = lanes.Get(seen) - mean;
+        Vec16 z = AtLeast(floor, centred * factor + bias), gz = {};
 #pragma GCC unroll 3
-      for (int r = 0; r < rows; r++)
+        for (int n = 0; n < lines; n++)
 #pragma GCC unroll 3
-        for (int t = 0; t < taps; t++) {
-          if constexpr (R * T > 0) {
-            Vec16 value = Load<Vec16>(row[r] + at - (ptrdiff_t)t * s.wide);
-            gz += value * k[r * T + t];
-            sum[r * T + t] += value * z;
-          } else {
-            Vec16 value = Load<Vec16>(from[r] + c + at - (ptrdiff_t)t * s.wide);
-            gz += value * Load<Vec16>(&s.kernel[tap(r, t) + c]);
-            float* to = gradients.kernel + tap(r, t) + c;
-            Store(to, Load<Vec16>(to) + value * z);
+          for (int t = 0; t < taps; t++) {
+            if constexpr (R * T > 0) {
+              Vec16 value = row[n][at - t];
+              gz += value * k[n * T + t];
+              sum[n * T + t] += value * z;
+            } else {
+              Vec16 value = line[n][c / kLanes * block + at - t];
+              gz += value * lanes.Get(kernel + tap(n, t) + c);
+              float* total = gradients.kernel + tap(n, t) + c;
+              lanes.Put(total, lanes.Get(total) + value * z);
+            }
           }
-        }
-      Vec16 kept = z > floor ? gz : Vec16{};
-      biases += kept;
-      factors += kept * centred;
-      lanes.Put(gx + (size_t)p * s.channels + c, kept * factor);
+        Vec16 kept = z > floor ? gz : Vec16{};
+        gbias += kept;
+        gfactor += kept * centred;
+        lanes.Put(to, kept * factor);
+      }
     }
-    for (int n = 0; n < R * T; n++) Store(gradients.kernel + tap(n / T, n % T) + c, sum[n]);
-    Store(gradients.factor + c, factors);
-    Store(gradients.bias + c, biases);
+    for (int n = 0; n < R * T; n++) lanes.Put(gradients.kernel + tap(n / T, n % T) + c, sum[n]);
+    lanes.Put(gradients.factor + c, gfactor);
+    lanes.Put(gradients.bias + c, gbias);
   });
+}
+
+// g = gy + slope * (y - mean) + constant: what reaches the output by itself and through its statistics.
+struct Output {
+  const float* mean;
+  std::vector<float> slope, constant;
+
+  template <class E>
+  void MakeRow(const Layer& s, const E* y, const E* gy, const Ring& ring, Vec16* g) const {
+    const float *mean = this->mean, *slope = this->slope.data(), *constant = this->constant.data();
+    const size_t block = ring.block;
+    const int channels = s.channels;
+    for (int p = s.out_width; p > 0; p--, y += channels, gy += channels, g++) {
+      Vec16* to = g;
+      ForChannels(channels, [=, &to](int c, auto lanes) {
+        Vec16 apart = lanes.Get(y + c) - lanes.Get(mean + c);
+        *to = lanes.Get(gy + c) + lanes.Get(constant + c) + apart * lanes.Get(slope + c);
+        to += block;
+      });
+    }
+  }
+};
+
+template <class E>
+void BackwardImage(const Layer& s, const Output& output, Ring& g, const E* x, const E* y, const E* gy, E* gx,
+                   E* scratch, const Gradients& gradients) {
+  int ready = 0, strip = Strip(s.width, s.height);
+  for (int iy = 0; iy < s.height; iy += strip) {
+    int rows = std::min(strip, s.height - iy);
+    for (; ready < std::min(s.out_height, (iy + rows - 1 + s.pad) / s.stride + 1); ready++)
+      output.MakeRow(s, y + ready * s.out_row(), gy + ready * s.out_row(), g, g[ready]);
+    for (int i = 0; i < std::min(s.stride, rows); i++)
+      for (int j = 0; j < std::min(s.stride, s.width); j++) {
+        auto run = [&]<int R, int T>() {
+          size_t begin = i * s.row();
+          AddGradients<R, T>(s, g, iy + i, rows - i, j, x + iy * s.row() + begin, scratch + begin, gradients);
+        };
+        int lines = Along(iy + i, s).count, taps = Along(j, s).count;
+        if (lines == 3 && taps == 3) run.template operator()<3, 3>();
+        else if (lines == 1 && taps == 1) run.template operator()<1, 1>();
+        else if (lines == 1 && taps == 2) run.template operator()<1, 2>();
+        else if (lines == 2 && taps == 1) run.template operator()<2, 1>();
+        else if (lines == 2 && taps == 2) run.template operator()<2, 2>();
+        else run.template operator()<0, 0>();
+      }
+    Stream(gx + iy * s.row(), scratch, rows * s.row() * sizeof(E));
+  }
 }
 
 template <class E>
@@ -268,51 +351,28 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array
   Layer s(x.dimensions(), stride, reading, mean, factor, bias, kernel);
   const E *xs = Data<const E>(x), *ys = Data<const E>(y), *gys = Data<const E>(gy);
   E* to = Data<E>(*gx);
-  // g = gy + slope * (y - ymean) + constant
-  std::vector<float> slope = s.Widened(gvar.typed_data(), 1), constant = s.Widened(gmean.typed_data(), 1);
-  std::vector<float> centre = s.Widened(ymean.typed_data(), 1);
-  float share = 1 / ((float)s.batch * s.out_height * s.out_width);
-  for (int c = 0; c < s.wide; c++) {
-    slope[c] *= 2 * share;
-    constant[c] *= share;
+  Output output{ymean.typed_data(), std::vector<float>(s.channels), std::vector<float>(s.channels)};
+  double pixels = (double)s.batch * s.out_height * s.out_width;
+  for (int c = 0; c < s.channels; c++) {
+    output.slope[c] = 2 * gvar.typed_data()[c] / pixels;
+    output.constant[c] = gmean.typed_data()[c] / pixels;
   }
-  auto make = [&](const E* y, const E* gy, float* g) {
-    for (int p = 0; p < s.out_width; p++, y += s.channels, gy += s.channels, g += s.wide)
-      ForChannels(s.channels, [&](int c, auto lanes) {
-        Vec16 apart = lanes.Get(y + c) - Load<Vec16>(&centre[c]);
-        Store(g + c, lanes.Get(gy + c) + Load<Vec16>(&constant[c]) + apart * Load<Vec16>(&slope[c]));
-      });
-  };
-  int taps = s.size * s.size;
-  std::vector<float> sums((size_t)(taps + 2) * s.wide);
+  size_t channels = s.channels, taps = s.size * s.size;
+  std::vector<float> sums((taps + 2) * channels);
   SumOfGroups(pool, sums.size(), sums.data(), [&](int group, float* own) {
-    Gradients gradients{own, own + (size_t)taps * s.wide, own + (size_t)(taps + 1) * s.wide};
-    Ring g(s.size, s.out_height, s.out_width, s.pad, s.wide);
+    Gradients gradients{own, own + taps * channels, own + (taps + 1) * channels};
+    int strip = Strip(s.width, s.height);
+    Ring g(s, strip + s.size, s.out_height, s.out_width);
+    std::vector<E> scratch(strip * s.row());
     for (int b = group; b < s.batch; b += kGroups) {
       size_t image = b * s.height * s.row(), out = b * s.out_height * s.out_row();
-      for (int iy = 0, ready = 0; iy < s.height; iy++) {
-        for (; ready < std::min(s.out_height, (iy + s.pad) / s.stride + 1); ready++)
-          make(ys + out + ready * s.out_row(), gys + out + ready * s.out_row(), g[ready]);
-        const E* seen = xs + image + iy * s.row();
-        E* wanted = to + image + iy * s.row();
-        for (int phase = 0; phase < std::min(s.stride, s.width); phase++) {
-          auto run = [&]<int R, int T>() { GradientRow<R, T>(s, g, iy, phase, seen, wanted, gradients); };
-          int rows = Along(iy, s).count, columns = Along(phase, s).count;
-          if (rows == 3 && columns == 3) run.template operator()<3, 3>();
-          else if (rows == 1 && columns == 1) run.template operator()<1, 1>();
-          else if (rows == 1 && columns == 2) run.template operator()<1, 2>();
-          else if (rows == 2 && columns == 1) run.template operator()<2, 1>();
-          else if (rows == 2 && columns == 2) run.template operator()<2, 2>();
-          else run.template operator()<0, 0>();
-        }
-      }
+      BackwardImage(s, output, g, xs + image, ys + out, gys + out, to + image, scratch.data(), gradients);
     }
   });
-  for (int n = 0; n < taps; n++)
-    std::copy_n(&sums[(size_t)n * s.wide], s.channels, gkernel->typed_data() + (size_t)n * s.channels);
-  for (int c = 0; c < s.channels; c++) {
-    gfactor->typed_data()[c] = reading ? sums[(size_t)taps * s.wide + c] : 0;
-    gbias->typed_data()[c] = reading ? sums[(size_t)(taps + 1) * s.wide + c] : 0;
+  std::copy_n(sums.data(), taps * channels, gkernel->typed_data());
+  for (size_t c = 0; c < channels; c++) {
+    gfactor->typed_data()[c] = reading ? sums[taps * channels + c] : 0;
+    gbias->typed_data()[c] = reading ? sums[(taps + 1) * channels + c] : 0;
   }
   return ffi::Error::Success();
 }
