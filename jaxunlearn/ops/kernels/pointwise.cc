@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kStrip = 480;  // pixels at most
+constexpr int kForwardParts = 64;
 
 struct Shape {
   int height, width, channels, features, stride, out_height, out_width, strip, strips;
@@ -27,10 +28,12 @@ struct Shape {
 
   // Where the pixels of the image that strip `i` sees begin.
   void Find(int i, size_t* at) const {
+    size_t row = first(i) / out_width, x = first(i) % out_width, y = row % out_height, image = row / out_height;
     for (int p = 0; p < count(i); p++) {
-      size_t pixel = first(i) + p, x = pixel % out_width, y = pixel / out_width % out_height;
-      size_t image = pixel / out_width / out_height;
       at[p] = ((image * height + y * stride) * width + x * stride) * channels;
+      if (++x < (size_t)out_width) continue;
+      x = 0;
+      if (++y == (size_t)out_height) y = 0, image++;
     }
   }
 };
@@ -53,8 +56,8 @@ struct Parameters {
 };
 
 template <class E, int kReading>
-inline Wide Read(const E* x, const float* reading, int channels, int c) {
-  Wide value = LoadSome(x + c, channels - c);
+inline Wide Read(const E* x, const float* reading, int channels, int c, int count) {
+  Wide value = LoadSome(x + c, count);
   if (kReading == 0) return value;
   const float* at = reading + c;
   size_t size = Padded(channels);
@@ -96,37 +99,46 @@ void Forward(ffi::ThreadPool& pool, const Shape& s, const E* x, const float* rea
   std::vector<float> sums((size_t)s.strips * 2 * size);
   const float* panels = packed.data();
   float* parts = sums.data();
-  ParallelFor(pool, s.strips, [=, &s](int i) {
-    int rows = s.count(i), words = Words(channels, kPair<S>);
+  int groups = std::min(s.strips, kForwardParts);
+  ParallelFor(pool, groups, [=, &s](int group) {
+    int words = Words(channels, kPair<S>), end = s.strips * (group + 1) / groups;
     float *z = Scratch((size_t)s.strip * RowOf(words) + size), *shifts = z + (size_t)s.strip * RowOf(words);
-    size_t at[kStrip];
-    s.Find(i, at);
-    Fill<S>(rows, channels, z, nullptr, [&](int p, int c) { return Read<E, kReading>(x + at[p], reading, channels, c); });
-    E* out = y + s.first(i) * features;
-    float *totals = parts + (size_t)2 * i * size, *squares = totals + size;
-    Product<S>(rows, words, features, z, panels, [&]<int M, int N>(int p, int f, Wide (&sum)[M][N]) {
+    for (int i = s.strips * group / groups; i < end; i++) {
+      int rows = s.count(i);
+      size_t at[kStrip];
+      s.Find(i, at);
+      Fill<S>(rows, channels, z, nullptr, [&](int p, int c, int count) {
+        return Read<E, kReading>(x + at[p], reading, channels, c, count);
+      });
+      Ahead ahead;
+      if (i + 1 < end && s.stride == 1) ahead.Add(x + s.first(i + 1) * channels, s.count(i + 1) * channels);
+      ahead.Divide((size_t)Tiles(rows, features) * words);
+      E* out = y + s.first(i) * features;
+      float *totals = parts + (size_t)2 * i * size, *squares = totals + size;
+      Product<S>(rows, words, features, z, panels, ahead, [&]<int M, int N>(int p, int f, Wide (&sum)[M][N]) {
 #pragma GCC unroll 3
-      for (int n = 0; n < N; n++, f += kLanes) {
-        // Deviations from what the strip begins with: near enough to its mean for sums of squares to be safe.
-        if (p == 0) {
-          Wide begin = {};
-          for (int m = 0; m < M; m++) begin += sum[m][n];
-          Store(shifts + f, begin / (float)M);
-        }
-        Wide shift = Load<Wide>(shifts + f), total = Load<Wide>(totals + f), square = Load<Wide>(squares + f);
+        for (int n = 0; n < N; n++, f += kLanes) {
+          // Deviations from what the strip begins with: near enough to its mean for sums of squares to be safe.
+          if (p == 0) {
+            Wide begin = {};
+            for (int m = 0; m < M; m++) begin += sum[m][n];
+            Store(shifts + f, begin / (float)M);
+          }
+          Wide shift = Load<Wide>(shifts + f), total = Load<Wide>(totals + f), square = Load<Wide>(squares + f);
 #pragma GCC unroll 12
-        for (int m = 0; m < M; m++) {
-          Wide apart = StoreSome(out + (size_t)(p + m) * features + f, sum[m][n], features - f) - shift;
-          total += apart;
-          square += apart * apart;
+          for (int m = 0; m < M; m++) {
+            Wide apart = StoreSome(out + (size_t)(p + m) * features + f, sum[m][n], features - f) - shift;
+            total += apart;
+            square += apart * apart;
+          }
+          Store(totals + f, total);
+          Store(squares + f, square);
         }
-        Store(totals + f, total);
-        Store(squares + f, square);
+      });
+      for (int f = 0; f < size; f++) {
+        squares[f] -= totals[f] * totals[f] / rows;
+        totals[f] = shifts[f] + totals[f] / rows;
       }
-    });
-    for (int f = 0; f < size; f++) {
-      squares[f] -= totals[f] * totals[f] / rows;
-      totals[f] = shifts[f] + totals[f] / rows;
     }
   });
   Merge(s, parts, mean, variance);
@@ -159,21 +171,32 @@ void Backward(ffi::ThreadPool& pool, const Shape& s, const Gradient<E>& d, const
     // For bfloat16 `g` lies there twice: the kernel's gradient is summed over pixels, the image's over features.
     size_t rows = s.strip, z_size = rows * RowOf(channels), g_size = rows * RowOf(features);
     float *z = Scratch(z_size + 2 * g_size), *g = z + z_size, *along = kPairs ? g + g_size : g;
-    for (int i = (int64_t)s.strips * part / parts; i < (int64_t)s.strips * (part + 1) / parts; i++) {
+    int end = s.strips * (part + 1) / parts;
+    for (int i = s.strips * part / parts; i < end; i++) {
       int count = s.count(i);
       size_t at[kStrip];
       s.Find(i, at);
       const E *y = d.y + s.first(i) * features, *gy = d.gy + s.first(i) * features;
       Fill<S>(count, channels, nullptr, z,
-              [&](int p, int c) { return Read<E, kReading>(d.x + at[p], d.reading, channels, c); });
-      Fill<S>(count, features, along, g, [&](int p, int f) {
+              [&](int p, int c, int count) {
+        return Read<E, kReading>(d.x + at[p], d.reading, channels, c, count);
+      });
+      Fill<S>(count, features, along, g, [&](int p, int f, int count) {
         size_t from = (size_t)p * features + f;
         const float* of = statistics + f;
-        return LoadSome(gy + from, features - f) + Load<Wide>(of) +
-               Load<Wide>(of + width) * (LoadSome(y + from, features - f) - Load<Wide>(of + 2 * width));
+        return LoadSome(gy + from, count) + Load<Wide>(of) +
+               Load<Wide>(of + width) * (LoadSome(y + from, count) - Load<Wide>(of + 2 * width));
       });
-      AddTransposedProduct<S>(Words(count, kPair<S>), channels, features, z, g, gkernel);
-      Product<S>(count, words, channels, along, panels, [&]<int M, int N>(int p, int c, Wide (&sum)[M][N]) {
+      Ahead ahead;
+      if (i + 1 < end) {
+        size_t next = s.count(i + 1);
+        if (s.stride == 1) ahead.Add(d.x + s.first(i + 1) * channels, next * channels);
+        ahead.Add(y + (size_t)count * features, next * features);
+        ahead.Add(gy + (size_t)count * features, next * features);
+      }
+      ahead.Divide((size_t)Tiles(channels, features) * Words(count, kPair<S>) + (size_t)Tiles(count, channels) * words);
+      AddTransposedProduct<S>(Words(count, kPair<S>), channels, features, z, g, gkernel, ahead);
+      Product<S>(count, words, channels, along, panels, ahead, [&]<int M, int N>(int p, int c, Wide (&sum)[M][N]) {
 #pragma GCC unroll 3
         for (int n = 0; n < N; n++, c += kLanes) {
           const float* of = d.reading + c;

@@ -92,20 +92,20 @@ inline Wide StoreSome(BFloat16* to, Wide value, int count) {
   return (Wide)(__builtin_convertvector(half, BitsWide) << 16);
 }
 
-// Rows of scratch from vectors value(row, column); zeros behind the last column if `value` gives them. Pairs are of
-// neighbours in a row (`along`) and of neighbours in a column (`down`): whichever is not null.
+// Rows of scratch from vectors value(row, column, count): `count` numbers, zeros behind them. Pairs are of neighbours in
+// a row (`along`) and of neighbours in a column (`down`): whichever is not null.
 template <class S, class Value>
 inline void Fill(int rows, int columns, float* along, float* down, Value value) {
   constexpr int kRows = 4;  // that what is alike for all rows is loaded for
   size_t along_row = RowOf(Words(columns, kPair<S>)), down_row = RowOf(columns);
   for (int r = 0; r < rows; r += kRows) {
     int some = std::min(kRows, rows - r);
-    for (int c = 0; c < columns; c += kLanes) {
+    auto vectors = [&](int c, int count) {
       Wide v[kRows] = {};
       if (some == kRows)
-        for (int i = 0; i < kRows; i++) v[i] = value(r + i, c);
+        for (int i = 0; i < kRows; i++) v[i] = value(r + i, c, count);
       else
-        for (int i = 0; i < some; i++) v[i] = value(r + i, c);
+        for (int i = 0; i < some; i++) v[i] = value(r + i, c, count);
       if constexpr (kPair<S> == 1) {
         float* to = (along ? along : down) + r * down_row + c;
         for (int i = 0; i < kRows; i++) Store(to + i * down_row, v[i]);
@@ -121,9 +121,40 @@ inline void Fill(int rows, int columns, float* along, float* down, Value value) 
             Store(down + (r + i) / 2 * down_row + c, (Wide)(low | high << 16));
           }
       }
-    }
+    };
+    int c = 0;
+    for (; c + kLanes <= columns; c += kLanes) vectors(c, kLanes);
+    if (c < columns) vectors(c, columns - c);
   }
 }
+
+// Memory that is fetched while something else is multiplied, a line at a step: of many at once most would be dropped.
+class Ahead {
+  const char *at[3], *end[3];
+  int ranges = 0, now = 0;
+
+ public:
+  size_t step = 0;  // bytes
+
+  template <class E>
+  void Add(const E* from, size_t count) {
+    at[ranges] = (const char*)from;
+    end[ranges++] = (const char*)(from + count);
+  }
+  void Divide(size_t steps) {
+    size_t bytes = 0;
+    for (int i = 0; i < ranges; i++) bytes += end[i] - at[i];
+    step = std::min<size_t>(bytes / steps + 1, 64);
+  }
+  // Where the next `steps` begin.
+  const char* Take(int steps) {
+    if (now < ranges && at[now] >= end[now]) now++;
+    if (now == ranges) return nullptr;
+    const char* from = at[now];
+    at[now] += step * steps;
+    return from;
+  }
+};
 
 template <class S>
 inline Wide MultiplyAdd(float word, Wide words, Wide sum) {
@@ -137,8 +168,11 @@ inline Wide MultiplyAdd(float word, Wide words, Wide sum) {
 // sum[m][n] += over k < depth: a[m * down + k * along] * (vector n of b + k * row).
 template <class S, int M, int N>
 inline void AddTile(int depth, const float* a, size_t down, size_t along, const float* b, size_t row,
-                    Wide (&sum)[M][N]) {
-  for (int k = 0; k < depth; k++, a += along, b += row) {
+                    Wide (&sum)[M][N], Ahead& ahead) {
+  const char* fetch = ahead.Take(depth);
+  size_t step = ahead.step;
+  for (int k = 0; k < depth; k++, a += along, b += row, fetch += step) {
+    __builtin_prefetch(fetch, 0, 2);
     Wide v[N];
 #pragma GCC unroll 3
     for (int n = 0; n < N; n++) v[n] = Load<Wide>(b + n * kLanes);
@@ -171,6 +205,9 @@ inline void ForRows(int rows, Block block) {
   for (; r < rows; r++) block.template operator()<1>(r);
 }
 
+// About how many tiles a product of so many rows and columns has.
+inline int Tiles(int rows, int columns) { return (rows * 2 / kAccumulators + 1) * (Padded(columns) / (2 * kLanes) + 1); }
+
 // A matrix [depth, columns] of numbers at(k, column), in the order in which Product reads it: a plain row would be far
 // from the next, and few of them fit into a cache's sets.
 template <class S, class At>
@@ -195,12 +232,13 @@ std::vector<float> Pack(ffi::ThreadPool& pool, int depth, int columns, At at) {
 
 // Rows of scratch `a` [rows, words] times a packed matrix. finish(row, column, sums [M][N]) takes the tiles.
 template <class S, class Finish>
-inline void Product(int rows, int words, int columns, const float* a, const float* packed, Finish finish) {
+inline void Product(int rows, int words, int columns, const float* a, const float* packed, Ahead& ahead,
+                    Finish finish) {
   size_t row = RowOf(words);
   ForColumns(columns, [&]<int N>(int c) {
     ForRows<N>(rows, [&]<int M>(int r) {
       Wide sum[M][N] = {};
-      AddTile<S, M, N>(words, a + r * row, row, 1, packed + (size_t)c * words, N * kLanes, sum);
+      AddTile<S, M, N>(words, a + r * row, row, 1, packed + (size_t)c * words, N * kLanes, sum, ahead);
       finish.template operator()<M, N>(r, c, sum);
     });
   });
@@ -208,12 +246,13 @@ inline void Product(int rows, int words, int columns, const float* a, const floa
 
 // to [left, Padded(right)] += transposed scratch `a` [words, left] times scratch `b` [words, right].
 template <class S>
-inline void AddTransposedProduct(int words, int left, int right, const float* a, const float* b, float* to) {
+inline void AddTransposedProduct(int words, int left, int right, const float* a, const float* b, float* to,
+                                 Ahead& ahead) {
   size_t a_row = RowOf(left), b_row = RowOf(right), to_row = Padded(right);
   ForColumns(right, [&]<int N>(int c) {
     ForRows<N>(left, [&]<int M>(int r) {
       Wide sum[M][N] = {};
-      AddTile<S, M, N>(words, a + r, 1, a_row, b + c, b_row, sum);
+      AddTile<S, M, N>(words, a + r, 1, a_row, b + c, b_row, sum, ahead);
       for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
           float* at = to + (r + m) * to_row + c + n * kLanes;
