@@ -39,6 +39,11 @@ KERNELS = (
     "depthwise_kernel_gradient",
     "normalise",
     "normalise_gradient",
+    *(
+        f"finish_{name}{dtype}"
+        for name in ("forward", "backward", "pool_forward", "pool_backward")
+        for dtype in ("", "_bf16")
+    ),
 )
 
 
