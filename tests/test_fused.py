@@ -25,6 +25,14 @@ SHAPES = [
     (2, 7, 9, 24, 16, 3, 3, 1),
     (3, 1, 1, 24, 24, 3, 1, 1),
     (2, 7, 6, 16, 24, 5, 2, 1),
+    (3, 7, 10, 80, 64, 3, 1, 1),
+    (3, 1, 2, 64, 64, 3, 1, 1),
+    (3, 7, 5, 24, 40, 1, 2, 1),  # pointwise
+    (3, 6, 9, 40, 16, 1, 1, 1),
+    (4, 6, 6, 20, 20, 3, 1, 20),  # depthwise
+    (2, 7, 7, 6, 6, 5, 2, 6),
+    (3, 7, 6, 80, 80, 3, 2, 80),
+    (2, 4, 1, 80, 80, 3, 1, 80),
 ]
 
 
@@ -33,8 +41,9 @@ def arguments(batch, height, width, channels, features, size, stride, groups):
     pixels = batch, -(-height // stride), -(-width // stride)
     x, kernel = random(batch, height, width, channels), random(size, size, channels // groups, features, seed=1)
     parameters = [random(channels, seed=seed) / 4 + offset for seed, offset in ((2, 0), (3, 1), (4, 0))]
-    cotangents = [random(*pixels, features, seed=5), *(np.prod(pixels) * random(features, seed=seed) for seed in (6, 7))]
-    return (x, *parameters, kernel / np.sqrt(size * size * channels / groups)), tuple(cotangents)
+    moments = [np.prod(pixels) * random(features, seed=seed) for seed in (6, 7)]
+    cotangents = random(*pixels, features, seed=5), *moments
+    return (x, *parameters, kernel / np.sqrt(size * size * channels / groups)), cotangents
 
 
 def plain(x, mean, factor, bias, kernel, *, stride, groups, reading):
@@ -80,7 +89,7 @@ def test_nan_stays_nan_in_the_result_and_in_the_gradients():
     (x, *parameters, kernel), cotangents = arguments(2, 8, 8, 16, 16, 3, 1, 1)
     bad = x.at[1, 4, 4, 3].set(jnp.nan)
     of = {"stride": 1, "groups": 1, "reading": "relu"}
-    (y, mean, var), (gx, _, _, _, gkernel) = values_and_gradients(fused, (bad, *parameters, kernel), cotangents, **of)
+    (y, mean, _), (*_, gkernel) = values_and_gradients(fused, (bad, *parameters, kernel), cotangents, **of)
     assert jnp.isnan(y[1, 3:6, 3:6]).all() and jnp.isfinite(y[0]).all() and jnp.isnan(mean).all()
     assert jnp.isnan(gkernel).all()
 
@@ -92,8 +101,8 @@ def test_seeds_vmapped_are_seeds_alone():
     together = jax.jit(jax.vmap(lambda *a: values_and_gradients(fused, *a, **of)))(*two)
     alone = jax.jit(lambda *a: values_and_gradients(fused, *a, **of))
     for seed in range(2):
-        mine = jax.tree.map(lambda a: a[seed], together)
-        jax.tree.map(np.testing.assert_array_equal, mine, alone(*jax.tree.map(lambda a: a[seed], two)))
+        mine, own = (jax.tree.map(lambda leaf, seed=seed: leaf[seed], tree) for tree in (together, two))
+        jax.tree.map(np.testing.assert_array_equal, mine, alone(*own))
 
 
 def test_what_is_read_is_what_is_written_out():

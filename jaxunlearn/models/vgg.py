@@ -6,8 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
-from jaxunlearn.ops.fused import written
-from jaxunlearn.ops.pooling import max_pool
+from jaxunlearn.ops.fused import pooled
 
 # Features of each 3x3 convolution, block by block; a 2x2 max-pool ends each block.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -32,7 +31,7 @@ class VGG16BN(nn.Module):
                 x = Conv(features, dtype=self.dtype, name=f"features.{number}")(x)
                 x = BatchNorm(dtype=self.dtype, name=f"features.{number + 1}")(x, train, relu=True)
                 number += 3
-            x = max_pool(written(x))
+            x = pooled(x)
             number += 1
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(Linear(512, self.dtype, name="classifier.0")(x))

@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from jaxunlearn.ops import blocks, depthwise, native, winograd
+from jaxunlearn.ops import blocks, depthwise, winograd
 from jaxunlearn.ops.batching import on_cpu, seedwise
 from jaxunlearn.ops.blocks import lax_conv
 from jaxunlearn.ops.reductions import product_over_rows
@@ -54,18 +53,6 @@ conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
 
 
 def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
-    xla_form = partial(_xla_forward, stride=stride, groups=groups)
-    if native.usable(x, kernel):
-        if _is_native_depthwise(groups):
-            return native.call("depthwise", x, kernel, like=xla_form, **_options(stride, spread=False))
-    return xla_form(x, kernel)
-
-
-def _options(stride: int, **flags: bool) -> dict[str, Any]:
-    return {"stride": np.int64(stride)} | {name: np.bool_(flag) for name, flag in flags.items()}
-
-
-def _xla_forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
     if on_cpu():
         if groups > 1:
             return depthwise.forward(x, kernel, stride)
@@ -84,10 +71,6 @@ def _xla_forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
 
 
 def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
-    if native.usable(x, kernel, g):
-        if _is_native_depthwise(groups):
-            xla_form = partial(depthwise.input_gradient, shape=x.shape[1:3], stride=stride)
-            return native.call("depthwise", g, kernel, like=xla_form, shape=x.shape, **_options(stride, spread=True))
     if on_cpu():
         if groups > 1:
             return depthwise.input_gradient(g, kernel, x.shape[1:3], stride)
@@ -95,21 +78,10 @@ def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int)
             return winograd.input_gradient(g, kernel)
         if kernel.shape[0] > 1 and x.shape[1] > 2:
             return _spread_conv(g, _turned(kernel), x.shape[1:3], stride)
-    return jax.linear_transpose(lambda x: _xla_forward(x, kernel, stride, groups), x)(g)[0]
+    return jax.linear_transpose(lambda x: _forward(x, kernel, stride, groups), x)(g)[0]
 
 
 def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
-    def xla_form(x: Array, g: Array) -> Array:
-        return _xla_kernel_gradient(x, kernel, g, stride, groups)
-
-    if native.usable(x, kernel, g):
-        options: dict[str, Any] = {"like": xla_form, "shape": kernel.shape} | _options(stride)
-        if groups > 1:
-            return native.call("depthwise_kernel_gradient", x, g, **options)
-    return xla_form(x, g)
-
-
-def _xla_kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     size = kernel.shape[0]
     if on_cpu():
         if groups > 1:
@@ -122,12 +94,7 @@ def _xla_kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups:
             return winograd.kernel_gradient(x, g)
         if x.shape[1] > 2:
             return _kernel_gradient_conv(x, g, size, stride)
-    return jax.linear_transpose(lambda kernel: _xla_forward(x, kernel, stride, groups), kernel)(g)[0]
-
-
-def _is_native_depthwise(groups: int) -> bool:
-    # Two cores, 32x32: 144 channels 4.4 ms, 7.2 in JAX; with 32 channels that takes 1.1 as well.
-    return groups >= 64
+    return jax.linear_transpose(lambda kernel: _forward(x, kernel, stride, groups), kernel)(g)[0]
 
 
 def _is_wide(kernel: Array, stride: int) -> bool:

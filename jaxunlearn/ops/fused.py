@@ -1,8 +1,8 @@
 """Convolution of an image that is normalised as it is read, and that leaves the moments of its result: on CPU.
 
-Between a convolution and the next stand BatchNorm and ReLU. As layers of their own they pass over memory nine times in a
-training step; here the image stays as the convolution before has written it, `Normalised` says what it stands for, and
-the compiled kernels apply that in the cache, in the gradient too. What has no such kernel takes images written out.
+Between a convolution and the next stand BatchNorm and ReLU. As layers of their own they pass over memory nine times in
+a training step; here the image stays as the convolution before has written it, `Normalised` says what it stands for,
+and the compiled kernels apply that in the cache, in the gradient too. What has no such kernel takes images written out.
 """
 
 from functools import partial
@@ -16,6 +16,8 @@ from jax import Array
 from jaxunlearn.ops import native
 from jaxunlearn.ops.batching import seedwise
 from jaxunlearn.ops.convolution import conv2d
+from jaxunlearn.ops.finishing import finish, finish_pool
+from jaxunlearn.ops.pooling import max_pool
 
 
 class Convolved(NamedTuple):
@@ -51,12 +53,12 @@ PLAIN, NORMALISED, POSITIVE = range(3)  # how an image is read: `Reading::Kind` 
 
 def written(image: Image, residual: Array | None = None) -> Array:
     """The array that `image` stands for; with a `residual`, which is added before ReLU."""
-    if not isinstance(image, Normalised):
-        return image
-    y = (image.x.astype(image.mean.dtype) - image.mean) * image.factor + image.bias
-    if residual is not None:
-        y = y + residual.astype(y.dtype)
-    return (jax.nn.relu(y) if image.relu else y).astype(image.x.dtype)
+    return finish(*image[:-1], residual, image.relu) if isinstance(image, Normalised) else image
+
+
+def pooled(image: Image) -> Array:
+    """`max_pool` of what `image` stands for."""
+    return finish_pool(*image) if isinstance(image, Normalised) else max_pool(image)
 
 
 def convolve(image: Image, kernel: Array, stride: int, groups: int) -> Convolved | None:
@@ -69,16 +71,22 @@ def convolve(image: Image, kernel: Array, stride: int, groups: int) -> Convolved
         parameters = [jnp.zeros(x.shape[-1], kernel.dtype)] * 3
     if not native.takes(x, kernel, *parameters):
         return None
-    kind = _kind(kernel, groups)
+    kind = _kind(kernel, stride, groups)
     return Convolved(*_convolve(x, *parameters, kernel, stride, groups, reading, kind)) if kind else None
 
 
-def _kind(kernel: Array, groups: int) -> str | None:
+def _kind(kernel: Array, stride: int, groups: int) -> str | None:
     """Whose kernels are fastest: the name of a file of `kernels`."""
-    channels, features = kernel.shape[2:]
-    if groups == 1 and features % 8 == 0 and kernel.size <= 9 * 128 * 128:
-        return "convolution"
-    return None
+    size, _, channels, features = kernel.shape
+    if groups > 1:
+        return "depthwise"
+    if features % 8 or (channels % 8 and size == 1):
+        return None
+    if size == 1:
+        return "pointwise"
+    if size == 3 and stride == 1 and channels % 16 == features % 16 == 0:
+        return "winograd"
+    return "convolution"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
@@ -111,8 +119,6 @@ def _forward(*arrays: Array, stride: int, groups: int, reading: int, kind: str) 
 
 
 def _backward(*arrays: Array, stride: int, groups: int, reading: int, kind: str) -> tuple[Array, ...]:
-    x, _, _, _, kernel, y, ymean, *cotangents = arrays
-
     def like(*arrays: Array) -> tuple[Array, ...]:
         *primals, _, _, gy, gmean, gvar = arrays
         forward = partial(_xla_forward, stride=stride, groups=groups, reading=reading)
@@ -120,11 +126,11 @@ def _backward(*arrays: Array, stride: int, groups: int, reading: int, kind: str)
         return gx, gfactor, gbias, gkernel
 
     options: dict[str, Any] = {"shape": (groups,)} | _options(stride, reading)
-    if groups == 1 and x.shape[-1] % 8:
+    if kind == "convolution" and arrays[0].shape[-1] % 8:
         # A network's images: their gradient is apart, for XLA to leave out where nobody asks for it.
         gx, gfactor, gbias, _ = like(*arrays)
-        only = lambda *arrays: like(*arrays)[3]
-        return gx, gfactor, gbias, native.call("convolution_kernel_gradient", *arrays, like=only, **options)
+        gkernel = native.call("convolution_kernel_gradient", *arrays, like=lambda *a: like(*a)[3], **options)
+        return gx, gfactor, gbias, gkernel
     return native.call(f"{kind}_backward", *arrays, like=like, **options)
 
 

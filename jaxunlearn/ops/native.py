@@ -32,11 +32,12 @@ SOURCES = Path(__file__).parent / "kernels"
 # Contracted to fused multiply-adds, but without -ffast-math: a NaN must stay one for a diverged seed to be seen.
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-w")
 KERNELS = (
-    "convolution_forward",
-    "convolution_backward",
+    *(
+        f"{kind}_{way}"
+        for kind in ("convolution", "winograd", "pointwise", "depthwise")
+        for way in ("forward", "backward")
+    ),
     "convolution_kernel_gradient",
-    "depthwise",
-    "depthwise_kernel_gradient",
     "normalise",
     "normalise_gradient",
     *(
