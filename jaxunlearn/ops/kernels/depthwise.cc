@@ -101,15 +101,18 @@ inline void Stream(void* to, const void* from, size_t bytes) {
 #endif
 }
 
-// What is read next, fetched in `pieces` while something is calculated.
+// What is read next, fetched bit by bit while something is calculated.
 struct Next {
   const char* from;
-  size_t piece;
+  size_t step;
 
-  Next(const void* from, size_t bytes, int pieces) : from((const char*)from), piece(bytes / pieces) {}
+  Next(const void* from, size_t bytes, size_t steps) : from((const char*)from), step(bytes / steps) {}
 
-  void Fetch(int i) const {
-    for (const char *at = from + i * piece, *end = at + piece; at < end; at += 64) __builtin_prefetch(at, 0, 3);
+  Next Piece(size_t begin) const { Next piece = *this; piece.from += begin * step; return piece; }
+
+  void Fetch() {
+    for (size_t at = 0; at < step; at += 64) __builtin_prefetch(from + at);
+    from += step;
   }
 };
 
@@ -151,7 +154,7 @@ void Convolve(const Layer& s, Ring& z, int oy, int rows, E* y, const Next& next,
   const size_t block = z.block;
   Vec16 share = Constant(1.f / (statistics.count + rows * width));
   ForChannels(channels, [=](int c, auto lanes) {
-    next.Fetch(c / kLanes);
+    Next ahead = next.Piece(c / kLanes * rows * width);
     Vec16 taps[K * K + 1];
     for (int n = 0; n < K * K; n++) taps[n] = lanes.Get(kernel + (size_t)n * channels + c);
     Vec16 mean = lanes.Get(means + c), sum = {}, squares = {};
@@ -161,6 +164,7 @@ void Convolve(const Layer& s, Ring& z, int oy, int rows, E* y, const Next& next,
       for (int i = 0; i < K; i++) row[i] = from[r * K + i] + c / kLanes * block;
       for (int p = 0, at = 0; p < width; p++, at += stride, to += channels) {
         Vec16 value = {};
+        ahead.Fetch();
 #pragma GCC unroll 3
         for (int i = 0; i < size; i++)
 #pragma GCC unroll 3
@@ -185,7 +189,7 @@ template <class E>
 void ForwardImage(const Layer& s, Ring& z, const E* x, E* y, E* scratch, Statistics& own) {
   int ready = 0, strip = Strip(s.out_width, s.out_height);
   auto convolve = [&](int oy, int rows) {
-    Next next(x + ready * s.row(), rows * s.stride * s.row() * sizeof(E), s.blocks);
+    Next next(x + ready * s.row(), rows * s.stride * s.row() * sizeof(E), s.blocks * rows * s.out_width);
     if (s.size == 3) Convolve<3>(s, z, oy, rows, scratch, next, own);
     else Convolve<0>(s, z, oy, rows, scratch, next, own);
   };
@@ -268,7 +272,8 @@ void AddGradients(const Layer& s, Ring& g, int iy, int rows, int ix, const E* x,
   const size_t block = g.block;
   const Vec16 floor = Constant(s.floor);
   ForChannels(channels, [=](int c, auto lanes) {
-    for (int i = 0; i < 3; i++) next[i].Fetch(c / kLanes);
+    const size_t pieces = c / kLanes * ((rows + stride - 1) / stride) * ((width - ix + stride - 1) / stride);
+    Next a0 = next[0].Piece(pieces), a1 = next[1].Piece(pieces), a2 = next[2].Piece(pieces);
     Vec16 k[R * T + 1], sum[R * T + 1];
     for (int n = 0; n < R * T; n++) {
       k[n] = lanes.Get(kernel + tap(n / T, n % T) + c);
@@ -284,6 +289,7 @@ void AddGradients(const Layer& s, Ring& g, int iy, int rows, int ix, const E* x,
       const E* seen = x + begin;
       E* to = gx + begin;
       for (int p = ix, at = 0; p < width; p += stride, at++, seen += stride * channels, to += stride * channels) {
+        a0.Fetch(), a1.Fetch(), a2.Fetch();
         Vec16 centred = lanes.Get(seen) - mean;
         Vec16 z = AtLeast(floor, centred * factor + bias), gz = {};
 #pragma GCC unroll 3
@@ -349,7 +355,7 @@ void BackwardImage(const Layer& s, const Output& output, Ring& g, const E* x, co
         auto run = [&]<int R, int T>() {
           size_t begin = i * s.row();
           auto part = [&](const E* from, size_t bytes) {
-            return Next((const char*)from + bytes / phases * phase, bytes / phases, s.blocks);
+            return Next((const char*)from + bytes / phases * phase, bytes / phases, s.blocks * (size_t)((rows - i + s.stride - 1) / s.stride) * ((s.width - j + s.stride - 1) / s.stride));
           };
           Next next[] = {part(y + out, bytes), part(gy + out, bytes), part(x + (iy + rows) * s.row(), rows * s.row() * sizeof(E))};
           AddGradients<R, T>(s, g, iy + i, rows - i, j, x + iy * s.row() + begin, scratch + begin, next, gradients);
