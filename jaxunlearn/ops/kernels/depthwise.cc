@@ -101,6 +101,21 @@ inline void Stream(void* to, const void* from, size_t bytes) {
 #endif
 }
 
+// What is read next, fetched bit by bit while something is calculated.
+struct Next {
+  const char* from;
+  size_t step;
+
+  Next(const void* from, size_t bytes, size_t steps) : from((const char*)from), step(bytes / steps) {}
+
+  Next Piece(size_t begin) const { Next piece = *this; piece.from += begin * step; return piece; }
+
+  void Fetch() {
+    for (size_t at = 0; at < step; at += 64) __builtin_prefetch(from + at);
+    from += step;
+  }
+};
+
 template <class E>
 void ReadRow(const Layer& s, const E* x, const Ring& ring, Vec16* z) {
   const float *mean = s.mean, *factor = s.factor, *bias = s.bias;
@@ -128,7 +143,7 @@ struct Statistics {
 // `rows` rows of the output from `oy` on, and their statistics: sums of distances from the mean so far, which lies near
 // enough for float. K: the kernel's size if it is known, else 0.
 template <int K, class E>
-void Convolve(const Layer& s, Ring& z, int oy, int rows, E* y, Statistics& statistics) {
+void Convolve(const Layer& s, Ring& z, int oy, int rows, E* y, const Next& next, Statistics& statistics) {
   const int size = K ? K : s.size, stride = s.stride, width = s.out_width, channels = s.channels;
   std::vector<const Vec16*> seen(rows * size);
   for (int r = 0; r < rows; r++)
@@ -139,6 +154,7 @@ void Convolve(const Layer& s, Ring& z, int oy, int rows, E* y, Statistics& stati
   const size_t block = z.block;
   Vec16 share = Constant(1.f / (statistics.count + rows * width));
   ForChannels(channels, [=](int c, auto lanes) {
+    Next ahead = next.Piece(c / kLanes * rows * width);
     Vec16 taps[K * K + 1];
     for (int n = 0; n < K * K; n++) taps[n] = lanes.Get(kernel + (size_t)n * channels + c);
     Vec16 mean = lanes.Get(means + c), sum = {}, squares = {};
@@ -148,6 +164,7 @@ void Convolve(const Layer& s, Ring& z, int oy, int rows, E* y, Statistics& stati
       for (int i = 0; i < K; i++) row[i] = from[r * K + i] + c / kLanes * block;
       for (int p = 0, at = 0; p < width; p++, at += stride, to += channels) {
         Vec16 value = {};
+        ahead.Fetch();
 #pragma GCC unroll 3
         for (int i = 0; i < size; i++)
 #pragma GCC unroll 3
@@ -170,11 +187,12 @@ void Convolve(const Layer& s, Ring& z, int oy, int rows, E* y, Statistics& stati
 
 template <class E>
 void ForwardImage(const Layer& s, Ring& z, const E* x, E* y, E* scratch, Statistics& own) {
-  auto convolve = [&](int oy, int rows) {
-    if (s.size == 3) Convolve<3>(s, z, oy, rows, scratch, own);
-    else Convolve<0>(s, z, oy, rows, scratch, own);
-  };
   int ready = 0, strip = Strip(s.out_width, s.out_height);
+  auto convolve = [&](int oy, int rows) {
+    Next next(x + ready * s.row(), rows * s.stride * s.row() * sizeof(E), s.blocks * rows * s.out_width);
+    if (s.size == 3) Convolve<3>(s, z, oy, rows, scratch, next, own);
+    else Convolve<0>(s, z, oy, rows, scratch, next, own);
+  };
   for (int oy = 0; oy < s.out_height; oy += strip) {
     int rows = std::min(strip, s.out_height - oy);
     for (; ready < std::min(s.height, (oy + rows - 1) * s.stride - s.pad + s.size); ready++)
@@ -200,7 +218,7 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, ArrayO
     int strip = Strip(s.out_width, s.out_height);
     Ring z(s, strip * s.stride + s.size, s.height, s.width);
     std::vector<E> scratch(strip * s.out_row());
-    for (int b = group; b < s.batch; b += kGroups)
+    for (int b = group * s.batch / kGroups; b < (group + 1) * s.batch / kGroups; b++)
       ForwardImage(s, z, from + b * s.height * s.row(), to + b * s.out_height * s.out_row(), scratch.data(),
                    parts[group]);
   });
@@ -238,7 +256,8 @@ struct Gradients {
 // rows of g and taps of each meet them, or 0, 0. Each value of g that is loaded serves both the gradient of z and the
 // kernel's.
 template <int R, int T, class E>
-void AddGradients(const Layer& s, Ring& g, int iy, int rows, int ix, const E* x, E* gx, const Gradients& gradients) {
+void AddGradients(const Layer& s, Ring& g, int iy, int rows, int ix, const E* x, E* gx, const Next* next,
+                  const Gradients& gradients) {
   const int width = s.width, channels = s.channels, stride = s.stride;
   const Along down(iy, s), along(ix, s);
   const int lines = R ? R : down.count, taps = T ? T : along.count;
@@ -253,6 +272,8 @@ void AddGradients(const Layer& s, Ring& g, int iy, int rows, int ix, const E* x,
   const size_t block = g.block;
   const Vec16 floor = Constant(s.floor);
   ForChannels(channels, [=](int c, auto lanes) {
+    const size_t pieces = c / kLanes * ((rows + stride - 1) / stride) * ((width - ix + stride - 1) / stride);
+    Next a0 = next[0].Piece(pieces), a1 = next[1].Piece(pieces), a2 = next[2].Piece(pieces);
     Vec16 k[R * T + 1], sum[R * T + 1];
     for (int n = 0; n < R * T; n++) {
       k[n] = lanes.Get(kernel + tap(n / T, n % T) + c);
@@ -268,6 +289,7 @@ void AddGradients(const Layer& s, Ring& g, int iy, int rows, int ix, const E* x,
       const E* seen = x + begin;
       E* to = gx + begin;
       for (int p = ix, at = 0; p < width; p += stride, at++, seen += stride * channels, to += stride * channels) {
+        a0.Fetch(), a1.Fetch(), a2.Fetch();
         Vec16 centred = lanes.Get(seen) - mean;
         Vec16 z = AtLeast(floor, centred * factor + bias), gz = {};
 #pragma GCC unroll 3
@@ -326,11 +348,18 @@ void BackwardImage(const Layer& s, const Output& output, Ring& g, const E* x, co
     int rows = std::min(strip, s.height - iy);
     for (; ready < std::min(s.out_height, (iy + rows - 1 + s.pad) / s.stride + 1); ready++)
       output.MakeRow(s, y + ready * s.out_row(), gy + ready * s.out_row(), g, g[ready]);
+    int phases = std::min(s.stride, rows) * std::min(s.stride, s.width), phase = 0;
+    size_t out = ready * s.out_row(), bytes = rows * s.out_row() * sizeof(E) / s.stride;
     for (int i = 0; i < std::min(s.stride, rows); i++)
       for (int j = 0; j < std::min(s.stride, s.width); j++) {
         auto run = [&]<int R, int T>() {
           size_t begin = i * s.row();
-          AddGradients<R, T>(s, g, iy + i, rows - i, j, x + iy * s.row() + begin, scratch + begin, gradients);
+          auto part = [&](const E* from, size_t bytes) {
+            return Next((const char*)from + bytes / phases * phase, bytes / phases, s.blocks * (size_t)((rows - i + s.stride - 1) / s.stride) * ((s.width - j + s.stride - 1) / s.stride));
+          };
+          Next next[] = {part(y + out, bytes), part(gy + out, bytes), part(x + (iy + rows) * s.row(), rows * s.row() * sizeof(E))};
+          AddGradients<R, T>(s, g, iy + i, rows - i, j, x + iy * s.row() + begin, scratch + begin, next, gradients);
+          phase++;
         };
         int lines = Along(iy + i, s).count, taps = Along(j, s).count;
         if (lines == 3 && taps == 3) run.template operator()<3, 3>();
@@ -364,7 +393,7 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array
     int strip = Strip(s.width, s.height);
     Ring g(s, strip + s.size, s.out_height, s.out_width);
     std::vector<E> scratch(strip * s.row());
-    for (int b = group; b < s.batch; b += kGroups) {
+    for (int b = group * s.batch / kGroups; b < (group + 1) * s.batch / kGroups; b++) {
       size_t image = b * s.height * s.row(), out = b * s.out_height * s.out_row();
       BackwardImage(s, output, g, xs + image, ys + out, gys + out, to + image, scratch.data(), gradients);
     }
