@@ -206,7 +206,10 @@ inline void ForRows(int rows, Block block) {
 }
 
 // About how many tiles a product of so many rows and columns has.
-inline int Tiles(int rows, int columns) { return (rows * 2 / kAccumulators + 1) * (Padded(columns) / (2 * kLanes) + 1); }
+inline int Tiles(int rows, int columns) {
+  constexpr int kRows = kAccumulators / 2, kColumns = 2 * kLanes;
+  return (rows + kRows - 1) / kRows * ((columns + kColumns - 1) / kColumns);
+}
 
 // A matrix [depth, columns] of numbers at(k, column), in the order in which Product reads it: a plain row would be far
 // from the next, and few of them fit into a cache's sets.
