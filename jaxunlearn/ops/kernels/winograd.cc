@@ -37,11 +37,18 @@ constexpr int kPanel = 2 * kLanes;  // features that a product makes at a time
 #ifndef WIDE
 #define WIDE (128*128)
 #endif
+#ifndef DEPTH
+#define DEPTH 4096
+#endif
+#ifndef DEEP
+#define DEEP 192
+#endif
 #ifndef SUPER
 #define SUPER 512
 #endif
 constexpr int kTiles = TILES;
 constexpr int kBlock = BLOCK;   // features from product to output transform
+constexpr int kDepth = DEPTH;  // of a panel of a transformed kernel that stays in the first cache
 constexpr int kParts = 8;     // of the work, at least
 
 template <int P>
@@ -80,7 +87,8 @@ inline Parts<3> KernelGradient(const Parts<P>& u) {  // G^T
   else return {u[0], u[1] - u[0] - u[2], u[2]};
 }
 
-// Memory kept from call to call: pages fresh from the system cost more than what is done with them.
+// Floats, and not yet any in particular. Kept from call to call: the allocator may hand memory back to the system when a
+// call ends, and then each page's first touch costs more than what is done with it.
 class Memory {
  public:
   explicit Memory(size_t size) {
@@ -97,10 +105,10 @@ class Memory {
   }
   float* data() { return Aligned(memory_.data()); }
 
-  // Of this thread.
+  // This thread's.
   static float* Scratch(size_t size) {
     thread_local std::vector<float> memory;
-    if (memory.size() < size + 16) memory.resize(size + 16);
+    if (memory.size() < size + 16) memory = std::vector<float>(size + 16);
     return Aligned(memory.data());
   }
 
@@ -143,25 +151,26 @@ struct Tiling {
 
   int begin(int chunk) const { return chunk * this->chunk; }
   int end(int chunk) const { return std::min(begin(chunk + 1), batch * down); }
-  int tiles(int chunk) const { return (end(chunk) - begin(chunk)) * along; }
+  int tiles(int chunk) const { return tiles(chunk, chunk + 1); }
+  int tiles(int from, int to) const { return (end(to - 1) - begin(from)) * along; }
   size_t pixel(int row) const { return ((size_t)(row / down) * height + row % down * 2) * width; }  // its first
   bool lower(int row) const { return row % down * 2 + 1 < height; }  // whether its tiles have two rows of pixels
-  double pixels(int chunk) const {
-    double count = 0;
-    for (int row = begin(chunk); row < end(chunk); row++) count += lower(row) ? 2 * width : width;
-    return count;
+  size_t first(int chunk) const { return pixel(begin(chunk)); }
+  size_t pixels(int chunk) const {
+    return end(chunk) < batch * down ? first(chunk + 1) - first(chunk) : (size_t)batch * height * width - first(chunk);
   }
+  int products(int chunk, int width) const { return (tiles(chunk) + kRows - 1) / kRows * ((width + kPanel - 1) / kPanel); }
 };
 
 // What a chunk's tiles become: for each position a matrix [tiles, channels]. Rows and positions are apart by no power of
 // two, which would put them into the same few lines of the cache.
 struct Layout {
   int channels;
-  size_t row, position;
+  size_t row, position, chunk;
 
-  Layout(const Tiling& t, int channels)
+  Layout(const Tiling& t, int channels, int positions)
       : channels(channels), row(channels % 128 ? channels : channels + 16),
-        position((size_t)t.chunk * t.along * row + 16) {}
+        position((size_t)t.chunk * t.along * row + 16), chunk(positions * position) {}
 };
 
 // B^T d B of a chunk's tiles. fill(pixel, count, to) makes `count` pixels' channels.
@@ -321,10 +330,16 @@ void TransformKernel(ffi::ThreadPool& pool, const float* kernel, int channels, i
   });
 }
 
-// R rows of a matrix times a panel of N vectors.
+// R rows of a matrix times a panel of N vectors, put into `out` at first, then added.
 template <int R, int N>
-inline void Product(const float* a, size_t a_row, int depth, const float* panel, float* out, size_t out_row) {
+inline void Product(const float* a, size_t a_row, int depth, const float* panel, bool first, float* out,
+                    size_t out_row) {
   Wide sum[R][N] = {};
+  if (!first)
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) sum[r][n] = Load<Wide>(out + r * out_row + n * kLanes);
   for (int k = 0; k < depth; k++, panel += N * kLanes) {
     Wide b[N];
     for (int n = 0; n < N; n++) b[n] = Load<Wide>(panel + n * kLanes);
@@ -335,22 +350,58 @@ inline void Product(const float* a, size_t a_row, int depth, const float* panel,
       for (int n = 0; n < N; n++) sum[r][n] += value * b[n];
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
     for (int n = 0; n < N; n++) Store(out + r * out_row + n * kLanes, sum[r][n]);
 }
 
+// Memory that is needed next, called into the cache a few lines at a time while products are computed, which leave the
+// way to memory idle.
+class Ahead {
+ public:
+  explicit Ahead(int steps) : steps_(std::max(1, steps)) {}
+
+  void Read(const float* from, size_t count) { Add(from, count, false); }
+  void Write(const float* to, size_t count) { Add(to, count, true); }
+  void Step() {
+    for (Range& range : ranges_) {
+      const float* until = std::min(range.end, range.at + range.step);
+      for (; range.at < until; range.at += 16) range.write ? __builtin_prefetch(range.at, 1, 2) : __builtin_prefetch(range.at, 0, 2);
+    }
+  }
+
+ private:
+  struct Range {
+    const float *at, *end;
+    size_t step;
+    bool write;
+  };
+  void Add(const float* from, size_t count, bool write) {
+    ranges_[count_++] = {from, from + count, (count / 16 / steps_ + 1) * 16, write};
+  }
+  int steps_, count_ = 0;
+  Range ranges_[4] = {};
+};
+
 // [rows, depth] times columns begin ... begin + count of a transformed kernel.
 void Products(int rows, const float* a, size_t a_row, int depth, const float* kernel, int begin, int count, float* out,
-              size_t out_row) {
+              size_t out_row, Ahead& ahead) {
   auto panel = [&]<int N>(int f) {
-    const float* from = kernel + (size_t)(begin + f) * depth;
-    int r = 0;
-    auto tiles = [&]<int R>() {
-      for (; r + R <= rows; r += R) Product<R, N>(a + r * a_row, a_row, depth, from, out + r * out_row + f, out_row);
-    };
-    tiles.template operator()<kRows>();
-    tiles.template operator()<4>();
-    tiles.template operator()<1>();
+    for (int k = 0; k < depth; k += kDepth) {
+      const float* from = kernel + (size_t)(begin + f) * depth + k * N * kLanes;
+      int r = 0;
+      auto tiles = [&]<int R>() {
+        for (; r + R <= rows; r += R) {
+          ahead.Step();
+          Product<R, N>(a + r * a_row + k, a_row, std::min(kDepth, depth - k), from, k == 0, out + r * out_row + f,
+                        out_row);
+        }
+      };
+      tiles.template operator()<kRows>();
+      tiles.template operator()<4>();
+      tiles.template operator()<1>();
+    }
   };
   int f = 0;
   for (; f + kPanel <= count; f += kPanel) panel.template operator()<2>(f);
@@ -359,33 +410,40 @@ void Products(int rows, const float* a, size_t a_row, int depth, const float* ke
 
 // M rows of a transposed matrix times N vectors of another, added to `sums`, or put there at first.
 template <int M, int N>
-inline void AddProduct(int rows, const float* a, size_t a_row, const float* b, size_t b_row, bool first, float* sums,
-                       size_t row) {
+inline void AddProduct(int rows, int chunk, const float* a, const Layout& left, const float* b, const Layout& right, bool first,
+                       float* sums, size_t row) {
   Wide sum[M][N] = {};
   if (!first)
-    for (int m = 0; m < M; m++)
-      for (int n = 0; n < N; n++) sum[m][n] = Load<Wide>(sums + m * row + n * kLanes);
-  for (int r = 0; r < rows; r++, a += a_row, b += b_row) {
-    Wide v[N];
-    for (int n = 0; n < N; n++) v[n] = Load<Wide>(b + n * kLanes);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      float value = a[m];
+    for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-      for (int n = 0; n < N; n++) sum[m][n] += value * v[n];
+      for (int n = 0; n < N; n++) sum[m][n] = Load<Wide>(sums + m * row + n * kLanes);
+  for (; rows > 0; rows -= chunk, a += left.chunk, b += right.chunk) {
+    const float *from = a, *with = b;
+    for (int r = std::min(rows, chunk); r > 0; r--, from += left.row, with += right.row) {
+      Wide v[N];
+      for (int n = 0; n < N; n++) v[n] = Load<Wide>(with + n * kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        float value = from[m];
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) sum[m][n] += value * v[n];
+      }
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
     for (int n = 0; n < N; n++) Store(sums + m * row + n * kLanes, sum[m][n]);
 }
 
-// [rows, channels]^T times [rows, features], of a chunk's rows.
-void AddProducts(int rows, const float* a, const Layout& channels, const float* b, const Layout& features, bool first,
-                 float* sums) {
+// [rows, channels]^T times [rows, features], of chunks that lie one after the other.
+void AddProducts(int rows, int chunk, const float* a, const Layout& channels, const float* b, const Layout& features,
+                 bool first, float* sums) {
   int width = features.channels;
   auto panel = [&]<int N>(int f) {
     for (int c = 0; c < channels.channels; c += kTransposedRows)
-      AddProduct<kTransposedRows, N>(rows, a + c, channels.row, b + f, features.row, first,
+      AddProduct<kTransposedRows, N>(rows, chunk, a + c, channels, b + f, features, first,
                                      sums + (size_t)c * width + f, width);
   };
   int f = 0;
@@ -401,16 +459,18 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
   TransformKernel<P, false>(pool, kernel, channels, features, kernels);
   std::vector<float> statistics((size_t)t.chunks * 2 * features);
   float* parts = statistics.data();
-  Layout layout(t, channels);
+  Layout layout(t, channels, P * P);
   // A part makes some features of a chunk; all of them unless there are few chunks.
   int shares = std::min((kParts + t.chunks - 1) / t.chunks, (features + kPanel - 1) / kPanel);
   int share = ((features + shares - 1) / shares + kPanel - 1) / kPanel * kPanel;
   int block = std::min(kBlock, share);
   size_t m_position = (size_t)t.chunk * t.along * block + 16;
-  ParallelFor(pool, t.chunks * shares, [&](int part) {
-    int chunk = part / shares, begin = part % shares * share, end = std::min(features, begin + share);
-    float* rows = Memory::Scratch(4 * (2 * t.along + 2) * channels + P * P * (layout.position + m_position));
-    float *v = rows + 4 * (2 * t.along + 2) * channels, *m = v + P * P * layout.position;
+  auto convolve = [&](int chunk, int begin, int end, bool follows) {
+    Ahead ahead(P * P * t.products(chunk, end - begin));
+    if (follows) ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
+    if (begin == 0 && end == features) ahead.Write(y + t.first(chunk) * features, t.pixels(chunk) * features);
+    float* rows = Memory::Scratch(4 * (2 * t.along + 2) * channels + layout.chunk + P * P * m_position);
+    float *v = rows + 4 * (2 * t.along + 2) * channels, *m = v + layout.chunk;
     TransformInput<P>(t, layout, chunk, rows, v, [&](size_t pixel, int count, float* to) {
       const float* from = x + pixel * channels;
       for (int p = 0; p < count; p++, from += channels, to += channels)
@@ -421,7 +481,7 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
       int now = std::min(block, end - f);
       for (int p = 0; p < P * P; p++)
         Products(t.tiles(chunk), v + p * layout.position, layout.row, channels,
-                 kernels + p * KernelPosition(channels, features), f, now, m + p * m_position, block);
+                 kernels + p * KernelPosition(channels, features), f, now, m + p * m_position, block, ahead);
       for (int i = 0; i < now; i += 16) {
         float* to = y + f + i;
         Vec16 sum = {}, squares[2] = {};
@@ -442,6 +502,13 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
         Store(own + features, squares[0] + squares[1]);
       }
     }
+  };
+  int runs = shares > 1 ? t.chunks : std::min(t.chunks, 64);
+  ParallelFor(pool, runs * shares, [&](int part) {
+    int run = part / shares, from = part % shares * share;
+    int begin = (int64_t)t.chunks * run / runs, end = (int64_t)t.chunks * (run + 1) / runs;
+    for (int chunk = begin; chunk < end; chunk++)
+      convolve(chunk, from, std::min(features, from + share), chunk + 1 < end);
   });
   double pixels = (double)t.batch * t.height * t.width;
   for (int f = 0; f < features; f++) {
@@ -488,8 +555,7 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
   Memory kernel_memory(P * P * KernelPosition(features, channels));
   float* kernels = kernel_memory.data();
   TransformKernel<P, true>(pool, kernel, channels, features, kernels);
-  Layout inputs(t, channels), outputs(t, features);
-  size_t in_size = P * P * inputs.position, out_size = P * P * outputs.position;
+  Layout inputs(t, channels, P * P), outputs(t, features, P * P);
   std::vector<float> sums_of_chunks((size_t)t.chunks * 2 * channels);
   float* parts = sums_of_chunks.data();
   int block = std::min(kBlock, channels);
@@ -500,12 +566,13 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
     TransformInput<P>(t, outputs, chunk, rows, v, gradient);
     TransformPixels<P>(t, inputs, chunk, read, x, z);
   };
-  auto input_gradient = [&](int chunk, const float* v, float* m, int begin, int end) {
+  auto input_gradient = [&](int chunk, const float* v, float* m, int begin, int end, Ahead& ahead) {
+    if (begin == 0 && end == channels) ahead.Write(gx + t.first(chunk) * channels, t.pixels(chunk) * channels);
     for (int c = begin; c < end; c += block) {
       int now = std::min(block, end - c);
       for (int p = 0; p < P * P; p++)
         Products(t.tiles(chunk), v + p * outputs.position, outputs.row, features,
-                 kernels + p * KernelPosition(features, channels), c, now, m + p * m_position, block);
+                 kernels + p * KernelPosition(features, channels), c, now, m + p * m_position, block, ahead);
       for (int i = 0; i < now; i += 16) {
         int at = c + i;
         Vec16 mean = Load<Vec16>(read.mean + at), factor = Load<Vec16>(read.factor + at);
@@ -533,36 +600,44 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
     ParallelFor(pool, groups, [&](int group) {
       int begin = (int64_t)t.chunks * group / groups, end = (int64_t)t.chunks * (group + 1) / groups;
       size_t rows = 4 * (2 * t.along + 2) * features;
-      float* v = Memory::Scratch(rows + in_size + out_size + P * P * m_position) + rows;
-      float *z = v + out_size, *m = z + in_size;
+      float* v = Memory::Scratch(rows + inputs.chunk + outputs.chunk + P * P * m_position) + rows;
+      float *z = v + outputs.chunk, *m = z + inputs.chunk;
       for (int chunk = begin; chunk < end; chunk++) {
         transform(chunk, v, z);
-        input_gradient(chunk, v, m, 0, channels);
+        Ahead ahead(P * P * t.products(chunk, channels));
+        if (chunk + 1 < end) {
+          ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
+          ahead.Read(gradient.y + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
+          ahead.Read(gradient.gy + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
+        }
+        input_gradient(chunk, v, m, 0, channels, ahead);
         for (int p = 0; p < P * P; p++)
-          AddProducts(t.tiles(chunk), z + p * inputs.position, inputs, v + p * outputs.position, outputs,
+          AddProducts(t.tiles(chunk), t.tiles(chunk), z + p * inputs.position, inputs, v + p * outputs.position, outputs,
                       chunk == begin, sums + (group * P * P + p) * position);
       }
     });
   } else {
     int together = std::min(std::max(1, SUPER / (t.chunk * t.along)), t.chunks);
-    Memory transformed(together * (in_size + out_size));
-    float *v = transformed.data(), *z = v + together * out_size;
+    Memory transformed(together * (inputs.chunk + outputs.chunk));
+    float *v = transformed.data(), *z = v + together * outputs.chunk;
     int shares = std::min((kParts + t.chunks - 1) / t.chunks, (channels + kPanel - 1) / kPanel);
     int share = ((channels + shares - 1) / shares + kPanel - 1) / kPanel * kPanel;
     for (int begin = 0; begin < t.chunks; begin += together) {
       int count = std::min(together, t.chunks - begin);
-      ParallelFor(pool, count, [&](int i) { transform(begin + i, v + i * out_size, z + i * in_size); });
+      ParallelFor(pool, count, [&](int i) { transform(begin + i, v + i * outputs.chunk, z + i * inputs.chunk); });
       ParallelFor(pool, count * shares + P * P, [&](int i) {
         if (i < count * shares) {
           int chunk = i / shares, from = i % shares * share;
-          input_gradient(begin + chunk, v + chunk * out_size, Memory::Scratch(P * P * m_position), from,
-                         std::min(channels, from + share));
+          int until = std::min(channels, from + share);
+          Ahead ahead(P * P * t.products(begin + chunk, until - from));
+          input_gradient(begin + chunk, v + chunk * outputs.chunk, Memory::Scratch(P * P * m_position), from, until, ahead);
           return;
         }
         int p = i - count * shares;
-        for (int k = 0; k < count; k++)
-          AddProducts(t.tiles(begin + k), z + k * in_size + p * inputs.position, inputs,
-                      v + k * out_size + p * outputs.position, outputs, begin + k == 0, sums + p * position);
+        int each = t.chunk * t.along, deep = std::max(1, DEEP / each);
+        for (int k = 0; k < count; k += deep)
+          AddProducts(t.tiles(begin + k, std::min(begin + k + deep, begin + count)), each, z + k * inputs.chunk + p * inputs.position, inputs,
+                      v + k * outputs.chunk + p * outputs.position, outputs, begin + k == 0, sums + p * position);
       });
     }
   }
