@@ -89,10 +89,9 @@ def _backward(*arrays: Array, add: bool, relu: bool) -> tuple[Array, Array, Arra
     x, y, *parameters, gy = arrays
     if not _usable(tuple(parameters), x, y, gy):
         return xla_form(*arrays)
-    if add:
-        into = {5: 3} if relu else None
-    else:
-        into = {5: 0}
+    # In place where nothing else needs an argument: new memory would be fetched before it is written. Two cores, 16
+    # channels of 32x32 with a residual: 0.3 ms, 0.45 with one of the results in place, 0.75 with none.
+    into = {1: 0, 5: 3} if add and relu else None if add else {5: 0}
     options = {"add": np.bool_(add), "relu": np.bool_(relu)}
     return native.call(_kernel("finish_backward", x), *arrays, like=xla_form, into=into, **options)
 
