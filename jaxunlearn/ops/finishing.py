@@ -79,7 +79,9 @@ def _forward(x: Array, mean: Array, factor: Array, bias: Array, residual: Array 
 def _backward(*arrays: Array, add: bool, relu: bool) -> tuple[Array, Array, Array, Array]:
     """With respect to `x`, `factor`, `bias` and the residual: the last of no elements where it is none or just `gy`."""
 
-    def xla_form(x: Array, y: Array, mean: Array, factor: Array, bias: Array, gy: Array) -> tuple[Array, ...]:
+    def xla_form(
+        x: Array, y: Array, mean: Array, factor: Array, bias: Array, gy: Array
+    ) -> tuple[Array, Array, Array, Array]:
         g = gy.astype(factor.dtype)
         if relu:
             g = jnp.where((y if add else _normalised(x, mean, factor, bias)) > 0, g, 0)
@@ -89,11 +91,11 @@ def _backward(*arrays: Array, add: bool, relu: bool) -> tuple[Array, Array, Arra
     x, y, *parameters, gy = arrays
     if not _usable(tuple(parameters), x, y, gy):
         return xla_form(*arrays)
-    if add:
-        into = {5: 3} if relu else None
-    else:
-        into = {5: 0}
-    options = {"add": np.bool_(add), "relu": np.bool_(relu)}
+    # In place, as new memory would be fetched before it is written: of `gy`, unless it is the residual's gradient as it
+    # stands, and of `y`, whose readers have had their gradients before. Two cores, 16 channels of 32x32 with residual
+    # and ReLU: 0.3 ms, with one of the results in place 0.45, with none 0.75.
+    into = {1: 0, 5: 3} if add and relu else None if add else {5: 0}
+    options: dict[str, Any] = {"add": np.bool_(add), "relu": np.bool_(relu)}
     return native.call(_kernel("finish_backward", x), *arrays, like=xla_form, into=into, **options)
 
 
@@ -140,7 +142,7 @@ def _pool_forward(*arrays: Array, relu: bool) -> Array:
 def _pool_backward(*arrays: Array, relu: bool) -> tuple[Array, Array, Array]:
     """With respect to `x`, `factor` and `bias`."""
 
-    def xla_form(x: Array, mean: Array, factor: Array, bias: Array, gy: Array) -> tuple[Array, ...]:
+    def xla_form(x: Array, mean: Array, factor: Array, bias: Array, gy: Array) -> tuple[Array, Array, Array]:
         # Outlined: computed twice, it might be rounded in two ways, and no corner be its window's maximum.
         z = outlined(_normalised, x, mean, factor, bias)
         g = gy.astype(factor.dtype)
