@@ -72,9 +72,7 @@ class BatchNorm(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Array | Convolved, train: bool, relu: bool = False, residual: Image | None = None
-    ) -> Image:
+    def __call__(self, x: Array | Convolved, train: bool, relu: bool = False, residual: Image | None = None) -> Image:
         held = parameter_dtype(self.dtype)
         residual = None if residual is None else written(residual)
         array, *moments = x if isinstance(x, Convolved) else (x.astype(self.dtype),)
