@@ -1,0 +1,549 @@
+// Convolution of bfloat16 that reads a normalised image and leaves the sums of the next BatchNorm, and its gradients.
+//
+// Eight images lie side by side in a thread's scratch, pixel by pixel: [row, column, image, channel]. A tile is such a
+// pixel of eight images times two vectors of features, so images of any width fill it, and taps outside are left out
+// instead of multiplied by zeros. Products of pairs (vdpbf16ps) are over pairs of channels; the kernel's gradient, a sum
+// over pixels, takes pairs of images. Any shape is right; fast are channels and features that are multiples of 16, and
+// batches of 8.
+
+#include "elements.h"
+
+namespace {
+
+constexpr int kImages = 8;
+constexpr int kStrip = 8;         // tiles whose sums stay in the first cache together
+constexpr int kChunk = 16 << 10;  // bytes of a kernel that do beside them
+
+// Memory of this thread, kept from call to call, one for each use.
+template <int use>
+Bits16* Scratch(size_t size) {
+  thread_local std::vector<Bits16> memory;
+  if (memory.size() < size) memory.resize(size);
+  return memory.data();
+}
+
+// sum + a * b for pairs of bfloat16.
+inline Vec16 Dot(Vec16 sum, Bits16 a, Bits16 b) {
+#ifdef __AVX512BF16__
+  return (Vec16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum += (Vec16)(a << 16) * (Vec16)(b << 16);
+  return sum + (Vec16)(a & 0xffff0000) * (Vec16)(b & 0xffff0000);
+#endif
+}
+
+inline Bits16 Broadcast(const void* pair) {
+  uint32_t bits;
+  std::memcpy(&bits, pair, sizeof(bits));
+  return bits - Bits16{};
+}
+
+inline Half16 Rounded(Vec16 value) {
+  Half16 half;
+  Store16((BFloat16*)&half, value);
+  return half;
+}
+
+inline Bits16 Pair(Vec16 low, Vec16 high) {
+  return __builtin_convertvector(Rounded(low), Bits16) | __builtin_convertvector(Rounded(high), Bits16) << 16;
+}
+
+// Sixteen numbers, or as many as there are, then zeros.
+template <class E>
+inline Vec16 LoadFew(const E* from, int count) {
+  if (count >= 16) return Load16(from);
+  float few[16] = {};
+  for (int i = 0; i < count; i++) few[i] = ToFloat(from[i]);
+  return Load16(few);
+}
+
+template <class E>
+inline void StoreFew(E* to, Vec16 value, int count) {
+  if (count >= 16) return Store16(to, value);
+  for (int i = 0; i < count; i++) to[i] = FromFloat<E>(value[i]);
+}
+
+// Parameters with zeros up to whole vectors.
+std::vector<float> Whole(const float* from, int count) {
+  std::vector<float> whole((count + 15) / 16 * 16);
+  std::copy_n(from, count, whole.data());
+  return whole;
+}
+
+// What a convolution reads or writes: of one image, or of a block of eight in scratch.
+struct Images {
+  int height, width, channels;
+
+  int pairs() const { return (channels + 1) / 2; }
+  int panels() const { return (channels + 15) / 16; }
+  size_t image() const { return (size_t)height * width * channels; }
+  size_t pixel() const { return (size_t)kImages * 2 * pairs(); }
+  size_t panel() const { return (size_t)height * width * kImages / 2; }  // pairs of 16 channels of all images
+
+  size_t block(int pad) const { return (height * (width + 2 * pad) * pixel() + 31) / 32; }
+};
+
+struct Shape {
+  int batch, size, stride;
+  Images in, out;
+
+  Shape(const ffi::Span<const int64_t>& x, const ffi::Span<const int64_t>& y, int64_t size, int64_t stride)
+      : batch(x[0]), size(size), stride(stride), in{(int)x[1], (int)x[2], (int)x[3]},
+        out{(int)y[1], (int)y[2], (int)y[3]} {}
+
+  int pad() const { return size / 2; }
+  int taps() const { return size * size; }
+  int blocks() const { return (batch + kImages - 1) / kImages; }
+  int images(int block) const { return std::min(kImages, batch - block * kImages); }
+  size_t kernel() const { return (size_t)taps() * in.channels * out.channels; }
+  int pixels() const { return batch * out.height * out.width; }
+};
+
+// Lays out a block of images: `plain` with `pad` columns of zeros on both sides, and `paired` [panel, row, column, pair of
+// images, channel]; either may be null. value(offset, channel): sixteen numbers.
+template <class V>
+void Arrange(const Images& s, int images, int pad, BFloat16* plain, Bits16* paired, V value) {
+  int channels = 2 * s.pairs();
+  size_t margin = pad * s.pixel(), row = s.width * s.pixel() + 2 * margin;
+  for (int y = 0; y < s.height; y++) {
+    BFloat16* to = plain + y * row;
+    if (plain) {
+      std::memset(to, 0, margin * sizeof(*to));
+      std::memset(to + row - margin, 0, margin * sizeof(*to));
+    }
+    for (int b = 0; b < kImages; b += 2) {
+      for (int x = 0; x < s.width; x++) {
+        size_t at = b * s.image() + ((size_t)y * s.width + x) * s.channels;
+        for (int c = 0; c < s.channels; c += 16) {
+          Vec16 low = b < images ? value(at + c, c) : Vec16{};
+          Vec16 high = b + 1 < images ? value(at + s.image() + c, c) : Vec16{};
+          if (plain) {
+            BFloat16* pixel = to + margin + x * s.pixel() + b * channels + c;
+            StoreFew(pixel, low, channels - c);
+            StoreFew(pixel + channels, high, channels - c);
+          }
+          if (paired)
+            paired[c / 16 * s.panel() + ((size_t)y * s.width + x) * (kImages / 2) + b / 2] = Pair(low, high);
+        }
+      }
+    }
+  }
+}
+
+// x as the convolution sees it.
+struct Reading {
+  int reading, channels;
+  std::vector<float> mean, factor, bias;
+
+  Reading(int reading, int channels, const Array& mean, const Array& factor, const Array& bias)
+      : reading(reading), channels(channels), mean(Whole(mean.typed_data(), channels)),
+        factor(Whole(factor.typed_data(), channels)), bias(Whole(bias.typed_data(), channels)) {}
+
+  Vec16 operator()(const BFloat16* x, int c) const {
+    Vec16 v = LoadFew(x, channels - c);
+    if (reading == 0) return v;
+    v = (v - Load16(&mean[c])) * Load16(&factor[c]) + Load16(&bias[c]);
+    return reading == 2 ? (v < 0 ? Vec16{} : v) : v;
+  }
+};
+
+// A kernel, from which `out` panels of sixteen results are made, as [two panels or the last one][tap][pair][panel].
+struct Packed {
+  int taps, pairs, panels;
+
+  size_t size() const { return (size_t)panels * taps * pairs; }
+  int together(int panel) const { return std::min(2, panels - panel / 2 * 2); }
+  size_t at(int panel, int tap, int pair) const {
+    return (size_t)panel / 2 * 2 * taps * pairs + ((size_t)tap * pairs + pair) * together(panel) + panel % 2;
+  }
+};
+
+void Pack(ffi::ThreadPool& pool, const Packed& p, const float* kernel, int channels, int features, Bits16* to) {
+  ParallelFor(pool, p.panels, [=](int n) {
+    for (int tap = 0; tap < p.taps; tap++)
+      for (int c = 0; c < channels; c += 2) {
+        const float* from = kernel + ((size_t)tap * channels + c) * features + 16 * n;
+        to[p.at(n, tap, c / 2)] = Pair(LoadFew(from, features - 16 * n),
+                                       LoadFew(from + features, c + 1 < channels ? features - 16 * n : 0));
+      }
+  });
+}
+
+// With channels and features exchanged.
+void PackTurned(ffi::ThreadPool& pool, const Packed& p, const float* kernel, int channels, int features, Bits16* to) {
+  ParallelFor(pool, p.panels, [=](int n) {
+    for (int tap = 0; tap < p.taps; tap++)
+      for (int f = 0; f < features; f += 16)
+        for (int lane = 0; lane < 16; lane++) {
+          int c = 16 * n + lane;
+          Half16 half = Rounded(LoadFew(kernel + ((size_t)tap * channels + c) * features + f, c < channels ? features - f : 0));
+          uint32_t pairs[8];
+          std::memcpy(pairs, &half, sizeof(pairs));
+          for (int i = 0; i < 8 && f / 2 + i < p.pairs; i++) to[p.at(n, tap, f / 2 + i)][lane] = pairs[i];
+        }
+  });
+}
+
+// A tap, and how far from the origin the pixel lies that it meets.
+struct Step {
+  int tap;
+  int64_t offset;
+};
+
+// Pixels `at` and `at + apart` of the output (or the first alone) and the taps that meet a pixel of the input for either.
+struct Place {
+  int at, count;
+  std::vector<Step> steps;
+};
+
+// Where a line of `length` pixels of output reads a line of `extent` pixels of input, `distance` apart in scratch. Spread:
+// the input's pixels stand `stride` apart among the output's, as in the gradient for the input.
+std::vector<Place> Places(int length, int extent, int size, int stride, bool spread, int together, size_t distance) {
+  std::vector<Place> places;
+  int apart = spread ? stride : 1;
+  for (int phase = 0; phase < apart; phase++)
+    for (int at = phase; at < length; at += together * apart) {
+      Place place{at, at + (together - 1) * apart < length ? together : 1, {}};
+      for (int tap = 0; tap < size; tap++) {
+        int first = spread ? at + size / 2 - tap : at * stride + tap - size / 2;
+        if (spread && first % stride != 0) continue;
+        if (spread) first /= stride;
+        int last = first + (place.count - 1) * (spread ? 1 : stride);
+        if (last >= 0 && first < extent)
+          place.steps.push_back({tap, first * (int64_t)distance});
+      }
+      places.push_back(std::move(place));
+    }
+  return places;
+}
+
+// Q pixels of eight images times N vectors of features, over some rows and columns of the kernel and `pairs` of channels.
+template <int Q, int N>
+inline void Tile(const Step* row, int rows, const Step* column, int columns, int size, int pairs, size_t kernel_tap,
+                 size_t image, size_t pixel, const BFloat16* z, const Bits16* kernel, bool first, Vec16* sums) {
+  Vec16 sum[Q][kImages][N];
+  for (int i = 0; i < Q * kImages * N; i++) (&sum[0][0][0])[i] = first ? Vec16{} : sums[i];
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < columns; j++) {
+      const BFloat16* from = z + row[i].offset + column[j].offset;
+      const Bits16* k = kernel + (row[i].tap * size + column[j].tap) * kernel_tap;
+      for (int c = 0; c < pairs; c++, from += 2, k += N) {
+#pragma GCC unroll 2
+        for (int q = 0; q < Q; q++)
+#pragma GCC unroll 8
+          for (int b = 0; b < kImages; b++) {
+            Bits16 value = Broadcast(from + q * pixel + b * image);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; n++) sum[q][b][n] = Dot(sum[q][b][n], value, k[n]);
+          }
+      }
+    }
+  for (int i = 0; i < Q * kImages * N; i++) sums[i] = (&sum[0][0][0])[i];
+}
+
+// All pixels of a block: a convolution, or (spread) its gradient for the input. finish(row, places, their number, panel,
+// panels, sums) is given sums [place][pixel][image][panel].
+struct Pass {
+  Images in, out;
+  int size, stride;
+  bool spread;
+  Packed packed;
+  std::vector<Place> rows, columns[2];  // one or two pixels together
+
+  Pass(const Images& in, const Images& out, int size, int stride, bool spread)
+      : in(in), out(out), size(size), stride(stride), spread(spread), packed{size * size, in.pairs(), out.panels()} {
+    rows = Places(out.height, in.height, size, stride, spread, 1, (in.width + size / 2 * 2) * in.pixel());
+    for (int i = 0; i < 2; i++) columns[i] = Places(out.width, in.width, size, stride, spread, i + 1, in.pixel());
+  }
+
+  template <class F>
+  void Run(const BFloat16* z, const Bits16* kernel, F finish) const {
+    z += size / 2 * in.pixel();
+    int band = std::max<size_t>(1, (256 << 10) / (in.width * in.pixel() * sizeof(*z)));
+    for (size_t y = 0; y < rows.size(); y += band)
+      for (int n = 0; n < packed.panels; n += 2)
+        for (size_t i = y; i < std::min(rows.size(), y + band); i++) {
+          const Bits16* panels = kernel + packed.at(n, 0, 0);
+          if (packed.together(n) == 2) Row<2>(rows[i], n, z, panels, finish);
+          else Row<1>(rows[i], n, z, panels, finish);
+        }
+  }
+
+  // In strips, and for each in chunks of the kernel that stay in the first cache: all of it, a row, or some channels of
+  // a tap.
+  template <int N, class F>
+  void Row(const Place& row, int panel, const BFloat16* z, const Bits16* kernel, F finish) const {
+    const auto& places = columns[2 - N];
+    const std::vector<Step>& taps = row.steps;
+    int tap = packed.pairs * N * sizeof(Bits16), total = places.size();
+    Vec16 sums[kStrip][2 * kImages];
+    for (int begin = 0; begin < total; begin += kStrip) {
+      int count = std::min(kStrip, total - begin);
+      bool first = true;
+      auto chunk = [&](const Step* at, int length, int only, int pair, int pairs) {
+        for (int i = 0; i < count; i++) {
+          const Place& place = places[begin + i];
+          const Step* column = place.steps.data();
+          int columns = place.steps.size();
+          if (only >= 0) {
+            while (columns > 0 && column->tap != only) column++, columns--;
+            columns = std::min(columns, 1);
+          }
+          auto run = [&]<int Q>() {
+            Tile<Q, N>(at, length, column, columns, size, pairs, packed.pairs * N, 2 * in.pairs(),
+                       in.pixel() * (spread ? 1 : stride), z + 2 * pair, kernel + pair * N, first, (Vec16*)sums[i]);
+          };
+          if (N == 1 && place.count == 2) run.template operator()<3 - N>();
+          else run.template operator()<1>();
+        }
+        first = false;
+      };
+      if (size * size * tap <= kChunk || taps.empty()) {
+        chunk(taps.data(), taps.size(), -1, 0, packed.pairs);
+      } else if (size * tap <= kChunk) {
+        for (const Step& step : taps) chunk(&step, 1, -1, 0, packed.pairs);
+      } else {
+        int most = kChunk / (N * sizeof(Bits16));
+        for (const Step& step : taps)
+          for (int j = 0; j < size; j++)
+            for (int c = 0; c < packed.pairs; c += most) chunk(&step, 1, j, c, std::min(most, packed.pairs - c));
+      }
+      finish(row.at, &places[begin], count, panel, N, &sums[0][0]);
+    }
+  }
+};
+
+// Mean and squared deviations from it of `count` pixels, merged into those of all before (Chan, Golub & LeVeque).
+struct Moments {
+  float* mean;
+  float* squares;
+
+  void Add(Vec16 own, Vec16 deviations, int count, int before) const {
+    Vec16 apart = own - Load16(mean);
+    float share = (float)count / (count + before);
+    Store16(mean, Load16(mean) + apart * share);
+    Store16(squares, Load16(squares) + deviations + apart * apart * (share * before));
+  }
+};
+
+using Half = ArrayOf<BFloat16>;
+using HalfResult = ResultOf<BFloat16>;
+
+ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half x, Array mean, Array factor, Array bias,
+                   Array kernel, HalfResult y, Result ymean, Result yvar) {
+  Shape s(x.dimensions(), y->dimensions(), kernel.dimensions()[0], stride);
+  Pass pass(s.in, s.out, s.size, s.stride, false);
+  Reading read(reading, s.in.channels, mean, factor, bias);
+  Bits16* packed = Scratch<0>(pass.packed.size());
+  Pack(pool, pass.packed, kernel.typed_data(), s.in.channels, s.out.channels, packed);
+  const BFloat16* images = Data<const BFloat16>(x);
+  BFloat16* results = Data<BFloat16>(*y);
+  int lanes = 16 * s.out.panels(), features = s.out.channels;
+  std::vector<float> parts((size_t)s.blocks() * 2 * lanes);
+  float* moments = parts.data();
+  ParallelFor(pool, s.blocks(), [=, &pass, &read](int block) {
+    int count = s.images(block);
+    BFloat16* z = (BFloat16*)Scratch<1>(s.in.block(s.pad()));
+    const BFloat16* from = images + (size_t)block * kImages * s.in.image();
+    BFloat16* to = results + (size_t)block * kImages * s.out.image();
+    Arrange(s.in, count, s.pad(), z, nullptr, [&](size_t i, int c) { return read(from + i, c); });
+    std::vector<int> before(s.out.panels());
+    pass.Run(z, packed, [&](int row, const Place* places, int length, int panel, int panels, Vec16* sums) {
+      for (int n = 0; n < panels; n++) {
+        int f = 16 * (panel + n), pixels = 0;
+        Vec16 total[2] = {}, squares[2] = {};
+        auto each = [&](auto visit) {
+          for (int i = 0; i < length; i++)
+            for (int q = 0; q < places[i].count; q++)
+              for (int b = 0; b < count; b++)
+                visit(b, places[i].at + q, sums[((i * (2 / panels) + q) * kImages + b) * panels + n]);
+        };
+        each([&](int b, int column, Vec16& value) {
+          BFloat16* pixel = to + b * s.out.image() + ((size_t)row * s.out.width + column) * features + f;
+          BFloat16 stored[16];
+          Store16(stored, value);
+          if (f + 16 <= features) std::memcpy(pixel, stored, sizeof(stored));
+          else std::copy_n(stored, features - f, pixel);
+          value = Load16(stored);
+          total[b % 2] += value;
+          pixels++;
+        });
+        Vec16 own = (total[0] + total[1]) / (float)pixels;
+        each([&](int b, int, Vec16& value) { squares[b % 2] += (value - own) * (value - own); });
+        float* at = moments + (size_t)block * 2 * lanes + f;
+        Moments{at, at + lanes}.Add(own, squares[0] + squares[1], pixels, before[panel + n]);
+        before[panel + n] += pixels;
+      }
+    });
+  });
+  for (int f = 0; f < features; f++) {
+    double sum = 0, squares = 0;
+    auto part = [&](int block) { return moments + (size_t)block * 2 * lanes + f; };
+    for (int i = 0; i < s.blocks(); i++) sum += (double)s.images(i) * *part(i);
+    double centre = sum / s.batch;
+    for (int i = 0; i < s.blocks(); i++) {
+      double apart = *part(i) - centre;
+      squares += part(i)[lanes] + (double)s.images(i) * s.out.height * s.out.width * apart * apart;
+    }
+    ymean->typed_data()[f] = centre;
+    yvar->typed_data()[f] = squares / s.pixels();
+  }
+  return ffi::Error::Success();
+}
+
+// Pixels in a row of the output, and where they and the input's pixels lie among the paired images.
+struct Span {
+  size_t x, g;
+  int count;
+};
+
+// Gradients of M channels' taps, for N panels of features.
+template <int M, int N>
+inline void AddTaps(const std::vector<Span>& spans, int stride, const Bits16* x, int channel, const Bits16* g,
+                    size_t panel, float* gradient, int channels, int features, int lanes) {
+  Vec16 sum[M][N] = {};
+  for (const Span& span : spans) {
+    const Bits16 *at = x + span.x, *from = g + span.g;
+    for (int i = 0; i < span.count; i++, at += stride * kImages / 2, from += kImages / 2)
+      for (int b = 0; b < kImages / 2; b++) {
+        Bits16 v[N];
+        for (int n = 0; n < N; n++) v[n] = from[n * panel + b];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+          Bits16 value = Broadcast((const uint32_t*)(at + b) + channel + m);
+#pragma GCC unroll 2
+          for (int n = 0; n < N; n++) sum[m][n] = Dot(sum[m][n], value, v[n]);
+        }
+      }
+  }
+  for (int m = 0; m < std::min(M, channels); m++)
+    for (int n = 0; n < N; n++) {
+      float* to = gradient + (size_t)m * features + 16 * n;
+      StoreFew(to, LoadFew(to, lanes - 16 * n) + sum[m][n], lanes - 16 * n);
+    }
+}
+
+// Adds the gradient of `panels` panels of the kernel's channels from `panel` on, over `blocks` blocks that lie `xs` and
+// `gs` apart. Some pixels at a time, whose panels stay in the first cache.
+void AddKernelGradient(const Shape& s, int panel, int panels, int blocks, const Bits16* x, size_t xs, const Bits16* g,
+                       size_t gs, float* gradient) {
+  int rows = std::max(1, 32 / s.out.width), together = std::max(1, 32 / (s.out.width * s.out.height));
+  std::vector<std::vector<Span>> spans(s.taps());
+  for (int block = 0; block < blocks; block += together)
+    for (int row = 0; row < s.out.height; row += rows) {
+      for (int tap = 0; tap < s.taps(); tap++) {
+        spans[tap].clear();
+        int i = tap / s.size - s.pad(), j = tap % s.size - s.pad();
+        int first = j < 0 ? (-j + s.stride - 1) / s.stride : 0;
+        int last = std::min(s.out.width, (s.in.width - j + s.stride - 1) / s.stride);
+        for (int b = block; b < std::min(blocks, block + together); b++)
+          for (int y = row; y < std::min(s.out.height, row + rows); y++) {
+            int at = y * s.stride + i;
+            if (at < 0 || at >= s.in.height || first >= last) continue;
+            spans[tap].push_back({b * xs + ((size_t)at * s.in.width + first * s.stride + j) * (kImages / 2),
+                                  b * gs + ((size_t)y * s.out.width + first) * (kImages / 2), last - first});
+          }
+      }
+      int channels = s.in.channels, features = s.out.channels;
+      for (int n = panel; n < panel + panels; n++)
+        for (int f = 0; f < s.out.panels(); f += 2)
+          for (int tap = 0; tap < s.taps(); tap++) {
+            auto add = [&]<int M, int N>(int channel) {
+              int c = 16 * n + channel;
+              AddTaps<M, N>(spans[tap], s.stride, x + n * s.in.panel(), channel, g + f * s.out.panel(), s.out.panel(),
+                            gradient + ((size_t)tap * channels + c) * features + 16 * f, channels - c, features,
+                            features - 16 * f);
+            };
+            if (f + 1 < s.out.panels()) {
+              add.template operator()<8, 2>(0);
+              add.template operator()<8, 2>(8);
+            } else {
+              add.template operator()<16, 1>(0);
+            }
+          }
+    }
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half x, Array mean, Array factor, Array bias,
+                    Array kernel, Half y, Array ymean, Half gy, Array gmean, Array gvar, HalfResult gx, Result gfactor,
+                    Result gbias, Result gkernel) {
+  Shape s(x.dimensions(), y.dimensions(), kernel.dimensions()[0], stride);
+  int channels = s.in.channels, features = s.out.channels, lanes = 16 * s.in.panels();
+  Pass pass(s.out, s.in, s.size, s.stride, true);
+  Reading read(reading, channels, mean, factor, bias);
+  Bits16* packed = Scratch<0>(pass.packed.size());
+  PackTurned(pool, pass.packed, kernel.typed_data(), channels, features, packed);
+  // g = gy + along * (y - ymean) + constant.
+  std::vector<float> along = Whole(gvar.typed_data(), features), constant = Whole(gmean.typed_data(), features),
+                     centre = Whole(ymean.typed_data(), features);
+  for (float& v : along) v *= 2.f / s.pixels();
+  for (float& v : constant) v /= s.pixels();
+  // Each group of blocks adds up a gradient of its own where that is small beside the images. Else the images are
+  // kept for a second visit that divides the kernel.
+  bool own = kGroups * s.kernel() <= s.batch * (s.in.image() + s.out.image());
+  size_t xs = s.in.panels() * s.in.panel(), gs = s.out.panels() * s.out.panel();
+  Bits16* kept = own ? nullptr : Scratch<1>(s.blocks() * (xs + gs));
+  const BFloat16 *xdata = Data<const BFloat16>(x), *ydata = Data<const BFloat16>(y), *gdata = Data<const BFloat16>(gy);
+  BFloat16* out = Data<BFloat16>(*gx);
+  float* gradient = gkernel->typed_data();
+  std::vector<float> all(2 * lanes + (own ? s.kernel() : 0));
+  SumOfGroups(pool, all.size(), all.data(), [&, own, kept](int group, float* sums) {
+    for (int block = group; block < s.blocks(); block += kGroups) {
+      int count = s.images(block);
+      Bits16* x2 = own ? Scratch<2>(xs + gs) : kept + block * xs;
+      Bits16* g2 = own ? x2 + xs : kept + s.blocks() * xs + block * gs;
+      BFloat16* g = (BFloat16*)Scratch<3>(s.out.block(s.pad()));
+      size_t first = (size_t)block * kImages * s.in.image(), second = (size_t)block * kImages * s.out.image();
+      Arrange(s.out, count, s.pad(), g, g2, [&](size_t i, int f) {
+        Vec16 apart = LoadFew(ydata + second + i, features - f) - Load16(&centre[f]);
+        return LoadFew(gdata + second + i, features - f) + Load16(&along[f]) * apart + Load16(&constant[f]);
+      });
+      Arrange(s.in, count, 0, nullptr, x2, [&](size_t i, int c) { return read(xdata + first + i, c); });
+      pass.Run(g, packed, [&](int row, const Place* places, int length, int panel, int panels, Vec16* gz) {
+        for (int n = 0; n < panels; n++) {
+          int c = 16 * (panel + n);
+          Vec16 factor = Load16(&read.factor[c]), centre = Load16(&read.mean[c]), factors = {}, biases = {};
+          for (int i = 0; i < length; i++)
+            for (int q = 0; q < places[i].count; q++)
+              for (int b = 0; b < count; b++) {
+                Vec16 v = gz[((i * (2 / panels) + q) * kImages + b) * panels + n];
+                int column = places[i].at + q * s.stride;
+                size_t at = first + b * s.in.image() + ((size_t)row * s.in.width + column) * channels + c;
+                if (reading == 2) v = read(xdata + at, c) > 0 ? v : Vec16{};
+                if (reading != 0) {
+                  biases += v;
+                  factors += v * (LoadFew(xdata + at, channels - c) - centre);
+                  v *= factor;
+                }
+                StoreFew(out + at, v, channels - c);
+              }
+          Store16(sums + c, Load16(sums + c) + factors);
+          Store16(sums + lanes + c, Load16(sums + lanes + c) + biases);
+        }
+      });
+      if (own) AddKernelGradient(s, 0, s.in.panels(), 1, x2, xs, g2, gs, sums + 2 * lanes);
+    }
+  });
+  std::copy_n(all.data(), channels, gfactor->typed_data());
+  std::copy_n(all.data() + lanes, channels, gbias->typed_data());
+  if (own) {
+    std::copy_n(all.data() + 2 * lanes, s.kernel(), gradient);
+  } else {
+    ParallelFor(pool, s.in.panels(), [=](int panel) {
+      for (int tap = 0; tap < s.taps(); tap++)
+        std::fill_n(gradient + ((size_t)tap * channels + 16 * panel) * features,
+                    std::min(16, channels - 16 * panel) * features, 0.f);
+      AddKernelGradient(s, panel, 1, s.blocks(), kept, xs, kept + s.blocks() * xs, gs, gradient);
+    });
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define READING STRIDED.Attr<int64_t>("reading").Arg<Half>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_forward_bf16, Forward, READING.Ret<Half>().Ret<Array>().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_backward_bf16, Backward,
+                              READING.Arg<Half>().Arg<Array>().Arg<Half>().Arg<Array>().Arg<Array>().Ret<Half>()
+                                  .Ret<Array>().Ret<Array>().Ret<Array>());
