@@ -1,6 +1,6 @@
 // Convolution of bfloat16 that reads a normalised image and leaves the sums of the next BatchNorm, and its gradients.
 //
-// Eight images lie side by side in a thread's scratch, pixel by pixel: [row, column, image, channel]. A tile is such a
+// Eight images lie side by side in a thread's scratch, pixel by pixel: [row, column, pair of channels, image]. A tile is such a
 // pixel of eight images times two vectors of features, so images of any width fill it, and taps outside are left out
 // instead of multiplied by zeros. Products of pairs (vdpbf16ps) are over pairs of channels; the kernel's gradient, a sum
 // over pixels, takes pairs of images. Any shape is right; fast are channels and features that are multiples of 16, and
@@ -10,14 +10,16 @@
 
 namespace {
 
+typedef uint32_t Eight __attribute__((vector_size(32)));  // a pair of channels of every image
+
 constexpr int kImages = 8;
 constexpr int kStrip = 8;         // tiles whose sums stay in the first cache together
 constexpr int kChunk = 16 << 10;  // bytes of a kernel that do beside them
 
 // Memory of this thread, kept from call to call, one for each use.
-template <int use>
-Bits16* Scratch(size_t size) {
-  thread_local std::vector<Bits16> memory;
+template <int use, class T = Bits16>
+T* Scratch(size_t size) {
+  thread_local std::vector<T> memory;
   if (memory.size() < size) memory.resize(size);
   return memory.data();
 }
@@ -32,11 +34,7 @@ inline Vec16 Dot(Vec16 sum, Bits16 a, Bits16 b) {
 #endif
 }
 
-inline Bits16 Broadcast(const void* pair) {
-  uint32_t bits;
-  std::memcpy(&bits, pair, sizeof(bits));
-  return bits - Bits16{};
-}
+inline Bits16 Broadcast(uint32_t pair) { return pair - Bits16{}; }
 
 inline Half16 Rounded(Vec16 value) {
   Half16 half;
@@ -44,8 +42,8 @@ inline Half16 Rounded(Vec16 value) {
   return half;
 }
 
-inline Bits16 Pair(Vec16 low, Vec16 high) {
-  return __builtin_convertvector(Rounded(low), Bits16) | __builtin_convertvector(Rounded(high), Bits16) << 16;
+inline Bits16 Pair(Half16 low, Half16 high) {
+  return __builtin_convertvector(low, Bits16) | __builtin_convertvector(high, Bits16) << 16;
 }
 
 // Sixteen numbers, or as many as there are, then zeros.
@@ -77,10 +75,8 @@ struct Images {
   int pairs() const { return (channels + 1) / 2; }
   int panels() const { return (channels + 15) / 16; }
   size_t image() const { return (size_t)height * width * channels; }
-  size_t pixel() const { return (size_t)kImages * 2 * pairs(); }
   size_t panel() const { return (size_t)height * width * kImages / 2; }  // pairs of 16 channels of all images
-
-  size_t block(int pad) const { return (height * (width + 2 * pad) * pixel() + 31) / 32; }
+  size_t block(int pad) const { return (size_t)height * (width + 2 * pad) * pairs(); }
 };
 
 struct Shape {
@@ -99,34 +95,43 @@ struct Shape {
   int pixels() const { return batch * out.height * out.width; }
 };
 
-// Lays out a block of images: `plain` with `pad` columns of zeros on both sides, and `paired` [panel, row, column, pair of
-// images, channel]; either may be null. value(offset, channel): sixteen numbers.
-template <class V>
-void Arrange(const Images& s, int images, int pad, BFloat16* plain, Bits16* paired, V value) {
-  int channels = 2 * s.pairs();
-  size_t margin = pad * s.pixel(), row = s.width * s.pixel() + 2 * margin;
-  for (int y = 0; y < s.height; y++) {
-    BFloat16* to = plain + y * row;
-    if (plain) {
-      std::memset(to, 0, margin * sizeof(*to));
-      std::memset(to + row - margin, 0, margin * sizeof(*to));
+// Eight pairs of channels of eight images, from [image][pair] to [pair][image].
+inline void Transpose(Eight (&v)[8]) {
+  constexpr Eight kLow = {0, 8, 1, 9, 2, 10, 3, 11}, kHigh = {4, 12, 5, 13, 6, 14, 7, 15};
+  for (int round = 0; round < 3; round++) {
+    Eight next[8];
+    for (int i = 0; i < 4; i++) {
+      next[2 * i] = __builtin_shuffle(v[i], v[i + 4], kLow);
+      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + 4], kHigh);
     }
-    for (int b = 0; b < kImages; b += 2) {
-      for (int x = 0; x < s.width; x++) {
-        size_t at = b * s.image() + ((size_t)y * s.width + x) * s.channels;
-        for (int c = 0; c < s.channels; c += 16) {
-          Vec16 low = b < images ? value(at + c, c) : Vec16{};
-          Vec16 high = b + 1 < images ? value(at + s.image() + c, c) : Vec16{};
-          if (plain) {
-            BFloat16* pixel = to + margin + x * s.pixel() + b * channels + c;
-            StoreFew(pixel, low, channels - c);
-            StoreFew(pixel + channels, high, channels - c);
-          }
-          if (paired)
-            paired[c / 16 * s.panel() + ((size_t)y * s.width + x) * (kImages / 2) + b / 2] = Pair(low, high);
+    for (int i = 0; i < 8; i++) v[i] = next[i];
+  }
+}
+
+// Lays out a block of images: `plain` [row, column, pair of channels, image] with `pad` columns of zeros on both sides,
+// and `paired` [panel, row, column, pair of images, channel]; either may be null. value(offset, channel): sixteen numbers.
+template <class V>
+void Arrange(const Images& s, int images, int pad, Eight* plain, Bits16* paired, V value) {
+  size_t margin = pad * s.pairs();
+  for (int y = 0; y < s.height; y++) {
+    if (plain) plain = std::fill_n(plain, margin, Eight{});
+    for (int x = 0; x < s.width; x++)
+      for (int c = 0; c < s.channels; c += 16) {
+        size_t pixel = (size_t)y * s.width + x;
+        Half16 halves[kImages];
+        for (int b = 0; b < kImages; b++)
+          halves[b] = b < images ? Rounded(value(b * s.image() + pixel * s.channels + c, c)) : Half16{};
+        if (paired)
+          for (int b = 0; b < kImages / 2; b++)
+            paired[c / 16 * s.panel() + pixel * (kImages / 2) + b] = Pair(halves[2 * b], halves[2 * b + 1]);
+        if (plain) {
+          Eight pairs[8];
+          std::memcpy(pairs, halves, sizeof(pairs));
+          Transpose(pairs);
+          plain = std::copy_n(pairs, std::min(8, s.pairs() - c / 2), plain);
         }
       }
-    }
+    if (plain) plain = std::fill_n(plain, margin, Eight{});
   }
 }
 
@@ -163,8 +168,8 @@ void Pack(ffi::ThreadPool& pool, const Packed& p, const float* kernel, int chann
     for (int tap = 0; tap < p.taps; tap++)
       for (int c = 0; c < channels; c += 2) {
         const float* from = kernel + ((size_t)tap * channels + c) * features + 16 * n;
-        to[p.at(n, tap, c / 2)] = Pair(LoadFew(from, features - 16 * n),
-                                       LoadFew(from + features, c + 1 < channels ? features - 16 * n : 0));
+        to[p.at(n, tap, c / 2)] = Pair(Rounded(LoadFew(from, features - 16 * n)),
+                                       Rounded(LoadFew(from + features, c + 1 < channels ? features - 16 * n : 0)));
       }
   });
 }
@@ -220,19 +225,19 @@ std::vector<Place> Places(int length, int extent, int size, int stride, bool spr
 // Q pixels of eight images times N vectors of features, over some rows and columns of the kernel and `pairs` of channels.
 template <int Q, int N>
 inline void Tile(const Step* row, int rows, const Step* column, int columns, int size, int pairs, size_t kernel_tap,
-                 size_t image, size_t pixel, const BFloat16* z, const Bits16* kernel, bool first, Vec16* sums) {
+                 size_t pixel, const Eight* z, const Bits16* kernel, bool first, Vec16* sums) {
   Vec16 sum[Q][kImages][N];
   for (int i = 0; i < Q * kImages * N; i++) (&sum[0][0][0])[i] = first ? Vec16{} : sums[i];
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < columns; j++) {
-      const BFloat16* from = z + row[i].offset + column[j].offset;
+      const Eight* from = z + row[i].offset + column[j].offset;
       const Bits16* k = kernel + (row[i].tap * size + column[j].tap) * kernel_tap;
-      for (int c = 0; c < pairs; c++, from += 2, k += N) {
+      for (int c = 0; c < pairs; c++, from++, k += N) {
 #pragma GCC unroll 2
         for (int q = 0; q < Q; q++)
 #pragma GCC unroll 8
           for (int b = 0; b < kImages; b++) {
-            Bits16 value = Broadcast(from + q * pixel + b * image);
+            Bits16 value = Broadcast(from[q * pixel][b]);
 #pragma GCC unroll 2
             for (int n = 0; n < N; n++) sum[q][b][n] = Dot(sum[q][b][n], value, k[n]);
           }
@@ -252,14 +257,14 @@ struct Pass {
 
   Pass(const Images& in, const Images& out, int size, int stride, bool spread)
       : in(in), out(out), size(size), stride(stride), spread(spread), packed{size * size, in.pairs(), out.panels()} {
-    rows = Places(out.height, in.height, size, stride, spread, 1, (in.width + size / 2 * 2) * in.pixel());
-    for (int i = 0; i < 2; i++) columns[i] = Places(out.width, in.width, size, stride, spread, i + 1, in.pixel());
+    rows = Places(out.height, in.height, size, stride, spread, 1, (in.width + size / 2 * 2) * in.pairs());
+    for (int i = 0; i < 2; i++) columns[i] = Places(out.width, in.width, size, stride, spread, i + 1, in.pairs());
   }
 
   template <class F>
-  void Run(const BFloat16* z, const Bits16* kernel, F finish) const {
-    z += size / 2 * in.pixel();
-    int band = std::max<size_t>(1, (256 << 10) / (in.width * in.pixel() * sizeof(*z)));
+  void Run(const Eight* z, const Bits16* kernel, F finish) const {
+    z += size / 2 * in.pairs();
+    int band = std::max<size_t>(1, (256 << 10) / (in.width * in.pairs() * sizeof(*z)));
     for (size_t y = 0; y < rows.size(); y += band)
       for (int n = 0; n < packed.panels; n += 2)
         for (size_t i = y; i < std::min(rows.size(), y + band); i++) {
@@ -272,7 +277,7 @@ struct Pass {
   // In strips, and for each in chunks of the kernel that stay in the first cache: all of it, a row, or some channels of
   // a tap.
   template <int N, class F>
-  void Row(const Place& row, int panel, const BFloat16* z, const Bits16* kernel, F finish) const {
+  void Row(const Place& row, int panel, const Eight* z, const Bits16* kernel, F finish) const {
     const auto& places = columns[2 - N];
     const std::vector<Step>& taps = row.steps;
     int tap = packed.pairs * N * sizeof(Bits16), total = places.size();
@@ -290,8 +295,8 @@ struct Pass {
             columns = std::min(columns, 1);
           }
           auto run = [&]<int Q>() {
-            Tile<Q, N>(at, length, column, columns, size, pairs, packed.pairs * N, 2 * in.pairs(),
-                       in.pixel() * (spread ? 1 : stride), z + 2 * pair, kernel + pair * N, first, (Vec16*)sums[i]);
+            Tile<Q, N>(at, length, column, columns, size, pairs, packed.pairs * N,
+                       in.pairs() * (spread ? 1 : stride), z + pair, kernel + pair * N, first, (Vec16*)sums[i]);
           };
           if (N == 1 && place.count == 2) run.template operator()<3 - N>();
           else run.template operator()<1>();
@@ -343,7 +348,7 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half x
   float* moments = parts.data();
   ParallelFor(pool, s.blocks(), [=, &pass, &read](int block) {
     int count = s.images(block);
-    BFloat16* z = (BFloat16*)Scratch<1>(s.in.block(s.pad()));
+    Eight* z = Scratch<1, Eight>(s.in.block(s.pad()));
     const BFloat16* from = images + (size_t)block * kImages * s.in.image();
     BFloat16* to = results + (size_t)block * kImages * s.out.image();
     Arrange(s.in, count, s.pad(), z, nullptr, [&](size_t i, int c) { return read(from + i, c); });
@@ -410,14 +415,16 @@ inline void AddTaps(const std::vector<Span>& spans, int stride, const Bits16* x,
         for (int n = 0; n < N; n++) v[n] = from[n * panel + b];
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-          Bits16 value = Broadcast((const uint32_t*)(at + b) + channel + m);
+          Bits16 value = Broadcast(at[b][channel + m]);
 #pragma GCC unroll 2
           for (int n = 0; n < N; n++) sum[m][n] = Dot(sum[m][n], value, v[n]);
         }
       }
   }
-  for (int m = 0; m < std::min(M, channels); m++)
-    for (int n = 0; n < N; n++) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+    for (int n = 0; n < N && m < channels; n++) {
       float* to = gradient + (size_t)m * features + 16 * n;
       StoreFew(to, LoadFew(to, lanes - 16 * n) + sum[m][n], lanes - 16 * n);
     }
@@ -492,7 +499,7 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half 
       int count = s.images(block);
       Bits16* x2 = own ? Scratch<2>(xs + gs) : kept + block * xs;
       Bits16* g2 = own ? x2 + xs : kept + s.blocks() * xs + block * gs;
-      BFloat16* g = (BFloat16*)Scratch<3>(s.out.block(s.pad()));
+      Eight* g = Scratch<3, Eight>(s.out.block(s.pad()));
       size_t first = (size_t)block * kImages * s.in.image(), second = (size_t)block * kImages * s.out.image();
       Arrange(s.out, count, s.pad(), g, g2, [&](size_t i, int f) {
         Vec16 apart = LoadFew(ydata + second + i, features - f) - Load16(&centre[f]);
