@@ -98,8 +98,10 @@ struct Shape {
 // Eight pairs of channels of eight images, from [image][pair] to [pair][image].
 inline void Transpose(Eight (&v)[8]) {
   constexpr Eight kLow = {0, 8, 1, 9, 2, 10, 3, 11}, kHigh = {4, 12, 5, 13, 6, 14, 7, 15};
+#pragma GCC unroll 3
   for (int round = 0; round < 3; round++) {
     Eight next[8];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       next[2 * i] = __builtin_shuffle(v[i], v[i + 4], kLow);
       next[2 * i + 1] = __builtin_shuffle(v[i], v[i + 4], kHigh);
@@ -119,16 +121,19 @@ void Arrange(const Images& s, int images, int pad, Eight* plain, Bits16* paired,
       for (int c = 0; c < s.channels; c += 16) {
         size_t pixel = (size_t)y * s.width + x;
         Half16 halves[kImages];
+#pragma GCC unroll 8
         for (int b = 0; b < kImages; b++)
           halves[b] = b < images ? Rounded(value(b * s.image() + pixel * s.channels + c, c)) : Half16{};
         if (paired)
+#pragma GCC unroll 4
           for (int b = 0; b < kImages / 2; b++)
             paired[c / 16 * s.panel() + pixel * (kImages / 2) + b] = Pair(halves[2 * b], halves[2 * b + 1]);
         if (plain) {
           Eight pairs[8];
           std::memcpy(pairs, halves, sizeof(pairs));
           Transpose(pairs);
-          plain = std::copy_n(pairs, std::min(8, s.pairs() - c / 2), plain);
+          if (c + 16 <= s.channels) std::memcpy(plain, pairs, sizeof(pairs)), plain += 8;
+          else plain = std::copy_n(pairs, s.pairs() - c / 2, plain);
         }
       }
     if (plain) plain = std::fill_n(plain, margin, Eight{});
@@ -356,27 +361,31 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half x
     pass.Run(z, packed, [&](int row, const Place* places, int length, int panel, int panels, Vec16* sums) {
       for (int n = 0; n < panels; n++) {
         int f = 16 * (panel + n), pixels = 0;
-        Vec16 total[2] = {}, squares[2] = {};
-        auto each = [&](auto visit) {
+        Vec16 total[4] = {}, squares[4] = {};
+        auto each = [&](auto visit) __attribute__((always_inline)) {
           for (int i = 0; i < length; i++)
-            for (int q = 0; q < places[i].count; q++)
-              for (int b = 0; b < count; b++)
-                visit(b, places[i].at + q, sums[((i * (2 / panels) + q) * kImages + b) * panels + n]);
+            for (int q = 0; q < places[i].count; q++) {
+              Vec16* at = sums + ((i * 2 / panels + q) * kImages) * panels + n;
+              BFloat16* pixel = to + ((size_t)row * s.out.width + places[i].at + q) * features + f;
+#pragma GCC unroll 8
+              for (int b = 0; b < kImages; b++)
+                if (b < count) visit(b, at[b * panels], pixel + b * s.out.image());
+            }
         };
-        each([&](int b, int column, Vec16& value) {
-          BFloat16* pixel = to + b * s.out.image() + ((size_t)row * s.out.width + column) * features + f;
+        each([&](int b, Vec16& value, BFloat16* pixel) __attribute__((always_inline)) {
           BFloat16 stored[16];
           Store16(stored, value);
-          if (f + 16 <= features) std::memcpy(pixel, stored, sizeof(stored));
-          else std::copy_n(stored, features - f, pixel);
           value = Load16(stored);
-          total[b % 2] += value;
-          pixels++;
+          StoreFew(pixel, value, features - f);
+          total[b % 4] += value;
         });
-        Vec16 own = (total[0] + total[1]) / (float)pixels;
-        each([&](int b, int, Vec16& value) { squares[b % 2] += (value - own) * (value - own); });
+        for (int i = 0; i < length; i++) pixels += places[i].count * count;
+        Vec16 own = (total[0] + total[1] + (total[2] + total[3])) / (float)pixels;
+        each([&](int b, Vec16& value, BFloat16*) __attribute__((always_inline)) {
+          squares[b % 4] += (value - own) * (value - own);
+        });
         float* at = moments + (size_t)block * 2 * lanes + f;
-        Moments{at, at + lanes}.Add(own, squares[0] + squares[1], pixels, before[panel + n]);
+        Moments{at, at + lanes}.Add(own, squares[0] + squares[1] + (squares[2] + squares[3]), pixels, before[panel + n]);
         before[panel + n] += pixels;
       }
     });
@@ -511,19 +520,21 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half 
           int c = 16 * (panel + n);
           Vec16 factor = Load16(&read.factor[c]), centre = Load16(&read.mean[c]), factors = {}, biases = {};
           for (int i = 0; i < length; i++)
-            for (int q = 0; q < places[i].count; q++)
-              for (int b = 0; b < count; b++) {
-                Vec16 v = gz[((i * (2 / panels) + q) * kImages + b) * panels + n];
-                int column = places[i].at + q * s.stride;
-                size_t at = first + b * s.in.image() + ((size_t)row * s.in.width + column) * channels + c;
-                if (reading == 2) v = read(xdata + at, c) > 0 ? v : Vec16{};
+            for (int q = 0; q < places[i].count; q++) {
+              size_t pixel = (size_t)row * s.in.width + places[i].at + q * s.stride;
+              const BFloat16* from = xdata + first + pixel * channels + c;
+              BFloat16* to = out + first + pixel * channels + c;
+              for (int b = 0; b < count; b++, from += s.in.image(), to += s.in.image()) {
+                Vec16 v = gz[((i * 2 / panels + q) * kImages + b) * panels + n];
+                if (reading == 2) v = read(from, c) > 0 ? v : Vec16{};
                 if (reading != 0) {
                   biases += v;
-                  factors += v * (LoadFew(xdata + at, channels - c) - centre);
+                  factors += v * (LoadFew(from, channels - c) - centre);
                   v *= factor;
                 }
-                StoreFew(out + at, v, channels - c);
+                StoreFew(to, v, channels - c);
               }
+            }
           Store16(sums + c, Load16(sums + c) + factors);
           Store16(sums + lanes + c, Load16(sums + lanes + c) + biases);
         }
