@@ -75,7 +75,7 @@ struct Images {
   int pairs() const { return (channels + 1) / 2; }
   int panels() const { return (channels + 15) / 16; }
   size_t image() const { return (size_t)height * width * channels; }
-  size_t panel() const { return (size_t)height * width * kImages / 2; }  // pairs of 16 channels of all images
+  size_t panel(int pad) const { return (size_t)height * (width + 2 * pad) * kImages / 2; }  // 16 channels in pairs of images
   size_t block(int pad) const { return (size_t)height * (width + 2 * pad) * pairs(); }
 };
 
@@ -110,13 +110,17 @@ inline void Transpose(Eight (&v)[8]) {
   }
 }
 
-// Lays out a block of images: `plain` [row, column, pair of channels, image] with `pad` columns of zeros on both sides,
-// and `paired` [panel, row, column, pair of images, channel]; either may be null. value(offset, channel): sixteen numbers.
+// Lays out a block of images with `pad` columns of zeros on both sides: `plain` [row, column, pair of channels, image] and
+// `paired` [panel, row, column, pair of images, channel]; either may be null. value(offset, channel): sixteen numbers.
 template <class V>
 void Arrange(const Images& s, int images, int pad, Eight* plain, Bits16* paired, V value) {
   size_t margin = pad * s.pairs();
   for (int y = 0; y < s.height; y++) {
     if (plain) plain = std::fill_n(plain, margin, Eight{});
+    for (int n = 0; paired && n < s.panels(); n++)
+      for (int x : {0, pad + s.width})
+        std::fill_n(paired + n * s.panel(pad) + ((size_t)y * (s.width + 2 * pad) + x) * (kImages / 2),
+                    pad * (kImages / 2), Bits16{});
     for (int x = 0; x < s.width; x++)
       for (int c = 0; c < s.channels; c += 16) {
         size_t pixel = (size_t)y * s.width + x;
@@ -127,7 +131,7 @@ void Arrange(const Images& s, int images, int pad, Eight* plain, Bits16* paired,
         if (paired)
 #pragma GCC unroll 4
           for (int b = 0; b < kImages / 2; b++)
-            paired[c / 16 * s.panel() + pixel * (kImages / 2) + b] = Pair(halves[2 * b], halves[2 * b + 1]);
+            paired[c / 16 * s.panel(pad) + (pixel + (2 * y + 1) * pad) * (kImages / 2) + b] = Pair(halves[2 * b], halves[2 * b + 1]);
         if (plain) {
           Eight pairs[8];
           std::memcpy(pairs, halves, sizeof(pairs));
@@ -179,7 +183,7 @@ void Pack(ffi::ThreadPool& pool, const Packed& p, const float* kernel, int chann
   });
 }
 
-// With channels and features exchanged.
+// Turned around, with channels and features exchanged.
 void PackTurned(ffi::ThreadPool& pool, const Packed& p, const float* kernel, int channels, int features, Bits16* to) {
   ParallelFor(pool, p.panels, [=](int n) {
     for (int tap = 0; tap < p.taps; tap++)
@@ -189,7 +193,7 @@ void PackTurned(ffi::ThreadPool& pool, const Packed& p, const float* kernel, int
           Half16 half = Rounded(LoadFew(kernel + ((size_t)tap * channels + c) * features + f, c < channels ? features - f : 0));
           uint32_t pairs[8];
           std::memcpy(pairs, &half, sizeof(pairs));
-          for (int i = 0; i < 8 && f / 2 + i < p.pairs; i++) to[p.at(n, tap, f / 2 + i)][lane] = pairs[i];
+          for (int i = 0; i < 8 && f / 2 + i < p.pairs; i++) to[p.at(n, p.taps - 1 - tap, f / 2 + i)][lane] = pairs[i];
         }
   });
 }
@@ -215,7 +219,7 @@ std::vector<Place> Places(int length, int extent, int size, int stride, bool spr
     for (int at = phase; at < length; at += together * apart) {
       Place place{at, at + (together - 1) * apart < length ? together : 1, {}};
       for (int tap = 0; tap < size; tap++) {
-        int first = spread ? at + size / 2 - tap : at * stride + tap - size / 2;
+        int first = (spread ? at : at * stride) + tap - size / 2;
         if (spread && first % stride != 0) continue;
         if (spread) first /= stride;
         int last = first + (place.count - 1) * (spread ? 1 : stride);
@@ -249,6 +253,30 @@ inline void Tile(const Step* row, int rows, const Step* column, int columns, int
       }
     }
   for (int i = 0; i < Q * kImages * N; i++) sums[i] = (&sum[0][0][0])[i];
+}
+
+// Two pixels of eight images for one vector of features where windows of three overlap: what is read serves both. With
+// one vector, the tile above must read once for each product.
+inline void TileOverlapping(const Step* row, int rows, int pairs, const Eight* z, const Bits16* kernel, Vec16* sums) {
+  Vec16 sum[2][kImages] = {};
+  for (int i = 0; i < rows; i++) {
+    const Eight* from = z + row[i].offset;
+    const Bits16* k = kernel + 3 * row[i].tap * pairs;
+#pragma GCC unroll 1
+    for (int c = 0; c < pairs; c++, from++, k++) {
+      Bits16 taps[3] = {k[0], k[pairs], k[2 * pairs]};
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; q++)
+#pragma GCC unroll 8
+        for (int b = 0; b < kImages; b++) {
+          Bits16 value = Broadcast(from[q * pairs][b]);
+          if (q > 0 && q < 3) sum[1][b] = Dot(sum[1][b], value, taps[q - 1]);
+          if (q == 3) sum[1][b] = Dot(sum[1][b], value, taps[2]);
+          if (q < 3) sum[0][b] = Dot(sum[0][b], value, taps[q]);
+        }
+    }
+  }
+  for (int i = 0; i < 2 * kImages; i++) sums[i] = (&sum[0][0])[i];
 }
 
 // All pixels of a block: a convolution, or (spread) its gradient for the input. finish(row, places, their number, panel,
@@ -287,6 +315,7 @@ struct Pass {
     const std::vector<Step>& taps = row.steps;
     int tap = packed.pairs * N * sizeof(Bits16), total = places.size();
     Vec16 sums[kStrip][2 * kImages];
+    bool overlap = size == 3 && stride == 1 && 9 * tap <= kChunk;
     for (int begin = 0; begin < total; begin += kStrip) {
       int count = std::min(kStrip, total - begin);
       bool first = true;
@@ -298,6 +327,10 @@ struct Pass {
           if (only >= 0) {
             while (columns > 0 && column->tap != only) column++, columns--;
             columns = std::min(columns, 1);
+          }
+          if (N == 1 && place.count == 2 && overlap) {
+            TileOverlapping(at, length, pairs, z + (place.at - 1) * pairs, kernel, (Vec16*)sums[i]);
+            continue;
           }
           auto run = [&]<int Q>() {
             Tile<Q, N>(at, length, column, columns, size, pairs, packed.pairs * N,
@@ -411,31 +444,33 @@ struct Span {
   int count;
 };
 
-// Gradients of M channels' taps, for N panels of features.
+// Gradients of M channels' taps for N vectors of features, or of N taps for one, that lie `apart` in g and `out_apart` in
+// the gradient.
 template <int M, int N>
 inline void AddTaps(const std::vector<Span>& spans, int stride, const Bits16* x, int channel, const Bits16* g,
-                    size_t panel, float* gradient, int channels, int features, int lanes) {
+                    int64_t apart, float* gradient, size_t out_apart, int channels, int features, int lanes) {
   Vec16 sum[M][N] = {};
   for (const Span& span : spans) {
     const Bits16 *at = x + span.x, *from = g + span.g;
-    for (int i = 0; i < span.count; i++, at += stride * kImages / 2, from += kImages / 2)
-      for (int b = 0; b < kImages / 2; b++) {
+    for (int i = 0; i < span.count; i++, at += (stride - 1) * kImages / 2)
+#pragma GCC unroll 1
+      for (int b = 0; b < kImages / 2; b++, at++, from++) {
         Bits16 v[N];
-        for (int n = 0; n < N; n++) v[n] = from[n * panel + b];
+        for (int n = 0; n < N; n++) v[n] = from[n * apart];
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-          Bits16 value = Broadcast(at[b][channel + m]);
-#pragma GCC unroll 2
+          Bits16 value = Broadcast((*at)[channel + m]);
+#pragma GCC unroll 3
           for (int n = 0; n < N; n++) sum[m][n] = Dot(sum[m][n], value, v[n]);
         }
       }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int n = 0; n < N && m < channels; n++) {
-      float* to = gradient + (size_t)m * features + 16 * n;
-      StoreFew(to, LoadFew(to, lanes - 16 * n) + sum[m][n], lanes - 16 * n);
+      float* to = gradient + (size_t)m * features + n * out_apart;
+      StoreFew(to, LoadFew(to, lanes) + sum[m][n], lanes);
     }
 }
 
@@ -444,6 +479,8 @@ inline void AddTaps(const std::vector<Span>& spans, int stride, const Bits16* x,
 void AddKernelGradient(const Shape& s, int panel, int panels, int blocks, const Bits16* x, size_t xs, const Bits16* g,
                        size_t gs, float* gradient) {
   int rows = std::max(1, 32 / s.out.width), together = std::max(1, 32 / (s.out.width * s.out.height));
+  // With one vector of features, whole rows of taps share what is read of x.
+  bool overlap = s.size == 3 && s.stride == 1 && s.out.panels() == 1;
   std::vector<std::vector<Span>> spans(s.taps());
   for (int block = 0; block < blocks; block += together)
     for (int row = 0; row < s.out.height; row += rows) {
@@ -451,32 +488,34 @@ void AddKernelGradient(const Shape& s, int panel, int panels, int blocks, const 
         spans[tap].clear();
         int i = tap / s.size - s.pad(), j = tap % s.size - s.pad();
         int first = j < 0 ? (-j + s.stride - 1) / s.stride : 0;
-        int last = std::min(s.out.width, (s.in.width - j + s.stride - 1) / s.stride);
+        int last = overlap ? first + s.in.width : std::min(s.out.width, (s.in.width - j + s.stride - 1) / s.stride);
         for (int b = block; b < std::min(blocks, block + together); b++)
           for (int y = row; y < std::min(s.out.height, row + rows); y++) {
             int at = y * s.stride + i;
             if (at < 0 || at >= s.in.height || first >= last) continue;
-            spans[tap].push_back({b * xs + ((size_t)at * s.in.width + first * s.stride + j) * (kImages / 2),
-                                  b * gs + ((size_t)y * s.out.width + first) * (kImages / 2), last - first});
+            spans[tap].push_back(
+                {b * xs + ((size_t)at * s.in.width + first * s.stride + j) * (kImages / 2),
+                 b * gs + ((size_t)y * (s.out.width + 2 * s.pad()) + s.pad() + first) * (kImages / 2), last - first});
           }
       }
       int channels = s.in.channels, features = s.out.channels;
       for (int n = panel; n < panel + panels; n++)
-        for (int f = 0; f < s.out.panels(); f += 2)
-          for (int tap = 0; tap < s.taps(); tap++) {
-            auto add = [&]<int M, int N>(int channel) {
+        for (int f = 0, vectors; f < s.out.panels(); f += vectors) {
+          int lanes = features - 16 * f;
+          vectors = lanes >= 32 ? 2 : 1;
+          for (int tap = 0; tap < s.taps(); tap += overlap ? 3 : 1) {
+            auto add = [&]<int M, int N>(int channel, int64_t apart, size_t out_apart) {
               int c = 16 * n + channel;
-              AddTaps<M, N>(spans[tap], s.stride, x + n * s.in.panel(), channel, g + f * s.out.panel(), s.out.panel(),
-                            gradient + ((size_t)tap * channels + c) * features + 16 * f, channels - c, features,
-                            features - 16 * f);
+              AddTaps<M, N>(spans[tap], s.stride, x + n * s.in.panel(0), channel, g + f * s.out.panel(s.pad()), apart,
+                            gradient + ((size_t)tap * channels + c) * features + 16 * f, out_apart, channels - c,
+                            features, lanes);
             };
-            if (f + 1 < s.out.panels()) {
-              add.template operator()<8, 2>(0);
-              add.template operator()<8, 2>(8);
-            } else {
-              add.template operator()<16, 1>(0);
-            }
+            for (int channel = 0; channel < 16; channel += 8)
+              if (overlap) add.template operator()<8, 3>(channel, -kImages / 2, channels * features);
+              else if (vectors == 2) add.template operator()<8, 2>(channel, s.out.panel(s.pad()), 16);
+            if (!overlap && vectors == 1) add.template operator()<16, 1>(0, 0, 0);
           }
+        }
     }
 }
 
@@ -497,7 +536,7 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half 
   // Each group of blocks adds up a gradient of its own where that is small beside the images. Else the images are
   // kept for a second visit that divides the kernel.
   bool own = kGroups * s.kernel() <= s.batch * (s.in.image() + s.out.image());
-  size_t xs = s.in.panels() * s.in.panel(), gs = s.out.panels() * s.out.panel();
+  size_t xs = s.in.panels() * s.in.panel(0), gs = s.out.panels() * s.out.panel(s.pad());
   Bits16* kept = own ? nullptr : Scratch<1>(s.blocks() * (xs + gs));
   const BFloat16 *xdata = Data<const BFloat16>(x), *ydata = Data<const BFloat16>(y), *gdata = Data<const BFloat16>(gy);
   BFloat16* out = Data<BFloat16>(*gx);
