@@ -6,6 +6,8 @@
 // over pixels, takes pairs of images. Any shape is right; fast are channels and features that are multiples of 16, and
 // batches of 8.
 
+#include <cmath>
+
 #include "elements.h"
 
 namespace {
@@ -41,6 +43,8 @@ inline Half16 Rounded(Vec16 value) {
   Store16((BFloat16*)&half, value);
   return half;
 }
+
+inline Vec16 Widened(Half16 half) { return Load16((const BFloat16*)&half); }
 
 inline Bits16 Pair(Half16 low, Half16 high) {
   return __builtin_convertvector(low, Bits16) | __builtin_convertvector(high, Bits16) << 16;
@@ -97,15 +101,15 @@ struct Shape {
 
 // Eight pairs of channels of eight images, from [image][pair] to [pair][image].
 inline void Transpose(Eight (&v)[8]) {
-  constexpr Eight kLow = {0, 8, 1, 9, 2, 10, 3, 11}, kHigh = {4, 12, 5, 13, 6, 14, 7, 15};
 #pragma GCC unroll 3
   for (int round = 0; round < 3; round++) {
     Eight next[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      next[2 * i] = __builtin_shuffle(v[i], v[i + 4], kLow);
-      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + 4], kHigh);
+      next[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      next[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++) v[i] = next[i];
   }
 }
@@ -115,49 +119,60 @@ inline void Transpose(Eight (&v)[8]) {
 template <class V>
 void Arrange(const Images& s, int images, int pad, Eight* plain, Bits16* paired, V value) {
   size_t margin = pad * s.pairs();
+  auto row = [&]<bool kWhole>(int y) {
+    for (int x = 0; x < s.width; x++)
+      for (int c = 0; c < s.channels; c += 16) {
+        size_t pixel = (size_t)y * s.width + x;
+        int count = kWhole ? 16 : s.channels - c;
+        Half16 halves[kImages];
+#pragma GCC unroll 8
+        for (int b = 0; b < kImages; b++)
+          halves[b] = kWhole || b < images ? Rounded(value(b * s.image() + pixel * s.channels + c, c, count)) : Half16{};
+        if (paired)
+#pragma GCC unroll 4
+          for (int b = 0; b < kImages / 2; b++)
+            paired[c / 16 * s.panel(pad) + (pixel + (2 * y + 1) * pad) * (kImages / 2) + b] =
+                Pair(halves[2 * b], halves[2 * b + 1]);
+        if (plain) {
+          Eight pairs[8];
+#pragma GCC unroll 8
+          for (int b = 0; b < kImages; b++) pairs[b] = (Eight)halves[b];
+          Transpose(pairs);
+          int most = kWhole ? 8 : std::min(8, s.pairs() - c / 2);
+          for (int i = 0; i < most; i++) *plain++ = pairs[i];
+        }
+      }
+  };
+  bool whole = images == kImages && s.channels % 16 == 0;
   for (int y = 0; y < s.height; y++) {
-    if (plain) plain = std::fill_n(plain, margin, Eight{});
     for (int n = 0; paired && n < s.panels(); n++)
       for (int x : {0, pad + s.width})
         std::fill_n(paired + n * s.panel(pad) + ((size_t)y * (s.width + 2 * pad) + x) * (kImages / 2),
                     pad * (kImages / 2), Bits16{});
-    for (int x = 0; x < s.width; x++)
-      for (int c = 0; c < s.channels; c += 16) {
-        size_t pixel = (size_t)y * s.width + x;
-        Half16 halves[kImages];
-#pragma GCC unroll 8
-        for (int b = 0; b < kImages; b++)
-          halves[b] = b < images ? Rounded(value(b * s.image() + pixel * s.channels + c, c)) : Half16{};
-        if (paired)
-#pragma GCC unroll 4
-          for (int b = 0; b < kImages / 2; b++)
-            paired[c / 16 * s.panel(pad) + (pixel + (2 * y + 1) * pad) * (kImages / 2) + b] = Pair(halves[2 * b], halves[2 * b + 1]);
-        if (plain) {
-          Eight pairs[8];
-          std::memcpy(pairs, halves, sizeof(pairs));
-          Transpose(pairs);
-          if (c + 16 <= s.channels) std::memcpy(plain, pairs, sizeof(pairs)), plain += 8;
-          else plain = std::copy_n(pairs, s.pairs() - c / 2, plain);
-        }
-      }
+    if (plain) plain = std::fill_n(plain, margin, Eight{});
+    if (whole) row.template operator()<true>(y);
+    else row.template operator()<false>(y);
     if (plain) plain = std::fill_n(plain, margin, Eight{});
   }
 }
 
-// x as the convolution sees it.
+// x as the convolution sees it; read as it is, it is normalised by nothing.
 struct Reading {
-  int reading, channels;
   std::vector<float> mean, factor, bias;
+  float least;
 
   Reading(int reading, int channels, const Array& mean, const Array& factor, const Array& bias)
-      : reading(reading), channels(channels), mean(Whole(mean.typed_data(), channels)),
-        factor(Whole(factor.typed_data(), channels)), bias(Whole(bias.typed_data(), channels)) {}
+      : mean(Whole(mean.typed_data(), channels)), factor(Whole(factor.typed_data(), channels)),
+        bias(Whole(bias.typed_data(), channels)), least(reading == 2 ? 0.f : -INFINITY) {
+    if (reading != 0) return;
+    std::fill(this->mean.begin(), this->mean.end(), 0.f);
+    std::fill(this->factor.begin(), this->factor.end(), 1.f);
+    std::fill(this->bias.begin(), this->bias.end(), 0.f);
+  }
 
-  Vec16 operator()(const BFloat16* x, int c) const {
-    Vec16 v = LoadFew(x, channels - c);
-    if (reading == 0) return v;
-    v = (v - Load16(&mean[c])) * Load16(&factor[c]) + Load16(&bias[c]);
-    return reading == 2 ? (v < 0 ? Vec16{} : v) : v;
+  Vec16 operator()(Vec16 x, int c) const {
+    Vec16 v = (x - Load16(&mean[c])) * Load16(&factor[c]) + Load16(&bias[c]), low = least - Vec16{};
+    return v < low ? low : v;
   }
 };
 
@@ -279,8 +294,36 @@ inline void TileOverlapping(const Step* row, int rows, int pairs, const Eight* z
   for (int i = 0; i < 2 * kImages; i++) sums[i] = (&sum[0][0])[i];
 }
 
-// All pixels of a block: a convolution, or (spread) its gradient for the input. finish(row, places, their number, panel,
-// panels, sums) is given sums [place][pixel][image][panel].
+// What a pass has summed up: pixels `step` apart in a row, for N vectors of features from `panel` on. [place][pixel][image]
+// [vector].
+template <int N>
+struct Sums {
+  int row, panel, length, step;
+  const Place* places;
+  Vec16* sums;
+
+  // visit(vector, which of images, where in the image at the first of its sixteen features).
+  template <bool kWhole, class F>
+  void Visit(const Images& s, int images, int n, F visit) const {
+    size_t image = s.image();
+    for (int i = 0; i < length; i++)
+      for (int q = 0; q < places[i].count; q++) {
+        Vec16* at = sums + (i * 2 / N + q) * kImages * N + n;
+        size_t pixel = ((size_t)row * s.width + places[i].at + q * step) * s.channels + 16 * (panel + n);
+#pragma GCC unroll 8
+        for (int b = 0; b < kImages; b++)
+          if (kWhole || b < images) visit(at[b * N], b, pixel + b * image);
+      }
+  }
+
+  int pixels() const {
+    int count = 0;
+    for (int i = 0; i < length; i++) count += places[i].count;
+    return count;
+  }
+};
+
+// All pixels of a block: a convolution, or (spread) its gradient for the input. finish(sums) is given every strip.
 struct Pass {
   Images in, out;
   int size, stride;
@@ -351,23 +394,33 @@ struct Pass {
           for (int j = 0; j < size; j++)
             for (int c = 0; c < packed.pairs; c += most) chunk(&step, 1, j, c, std::min(most, packed.pairs - c));
       }
-      finish(row.at, &places[begin], count, panel, N, &sums[0][0]);
+      finish(Sums<N>{row.at, panel, count, spread ? stride : 1, &places[begin], &sums[0][0]});
     }
   }
 };
 
-// Mean and squared deviations from it of `count` pixels, merged into those of all before (Chan, Golub & LeVeque).
-struct Moments {
-  float* mean;
-  float* squares;
-
-  void Add(Vec16 own, Vec16 deviations, int count, int before) const {
-    Vec16 apart = own - Load16(mean);
-    float share = (float)count / (count + before);
-    Store16(mean, Load16(mean) + apart * share);
-    Store16(squares, Load16(squares) + deviations + apart * apart * (share * before));
-  }
-};
+// Stores sums, rounded, and merges their mean and squared deviations from it into those of `before` pixels (Chan, Golub &
+// LeVeque).
+template <bool kWhole, int N>
+void StoreAndAdd(Sums<N> sums, Images s, int images, int n, BFloat16* y, float* mean, int& before) {
+  float* squares = mean + 16 * s.panels();
+  int lanes = kWhole ? 16 : std::min(16, s.channels - 16 * (sums.panel + n)), pixels = sums.pixels() * images;
+  Vec16 total[4] = {}, apart[4] = {};
+  sums.template Visit<kWhole>(s, images, n, [&total, y, lanes](Vec16& v, int b, size_t at) {
+    Half16 half = Rounded(v);
+    if (kWhole) std::memcpy(y + at, &half, sizeof(half));
+    else std::memcpy(y + at, &half, lanes * sizeof(*y));
+    v = Widened(half);
+    total[b % 4] += v;
+  });
+  Vec16 own = (total[0] + total[1] + (total[2] + total[3])) / (float)pixels;
+  sums.template Visit<kWhole>(s, images, n, [&apart, own](Vec16 v, int b, size_t) { apart[b % 4] += (v - own) * (v - own); });
+  Vec16 change = own - Load16(mean);
+  float share = (float)pixels / (pixels + before);
+  Store16(mean, Load16(mean) + change * share);
+  Store16(squares, Load16(squares) + (apart[0] + apart[1] + (apart[2] + apart[3])) + change * change * (share * before));
+  before += pixels;
+}
 
 using Half = ArrayOf<BFloat16>;
 using HalfResult = ResultOf<BFloat16>;
@@ -389,37 +442,14 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half x
     Eight* z = Scratch<1, Eight>(s.in.block(s.pad()));
     const BFloat16* from = images + (size_t)block * kImages * s.in.image();
     BFloat16* to = results + (size_t)block * kImages * s.out.image();
-    Arrange(s.in, count, s.pad(), z, nullptr, [&](size_t i, int c) { return read(from + i, c); });
+    Arrange(s.in, count, s.pad(), z, nullptr, [&](size_t i, int c, int lanes) { return read(LoadFew(from + i, lanes), c); });
     std::vector<int> before(s.out.panels());
-    pass.Run(z, packed, [&](int row, const Place* places, int length, int panel, int panels, Vec16* sums) {
-      for (int n = 0; n < panels; n++) {
-        int f = 16 * (panel + n), pixels = 0;
-        Vec16 total[4] = {}, squares[4] = {};
-        auto each = [&](auto visit) __attribute__((always_inline)) {
-          for (int i = 0; i < length; i++)
-            for (int q = 0; q < places[i].count; q++) {
-              Vec16* at = sums + ((i * 2 / panels + q) * kImages) * panels + n;
-              BFloat16* pixel = to + ((size_t)row * s.out.width + places[i].at + q) * features + f;
-#pragma GCC unroll 8
-              for (int b = 0; b < kImages; b++)
-                if (b < count) visit(b, at[b * panels], pixel + b * s.out.image());
-            }
-        };
-        each([&](int b, Vec16& value, BFloat16* pixel) __attribute__((always_inline)) {
-          BFloat16 stored[16];
-          Store16(stored, value);
-          value = Load16(stored);
-          StoreFew(pixel, value, features - f);
-          total[b % 4] += value;
-        });
-        for (int i = 0; i < length; i++) pixels += places[i].count * count;
-        Vec16 own = (total[0] + total[1] + (total[2] + total[3])) / (float)pixels;
-        each([&](int b, Vec16& value, BFloat16*) __attribute__((always_inline)) {
-          squares[b % 4] += (value - own) * (value - own);
-        });
-        float* at = moments + (size_t)block * 2 * lanes + f;
-        Moments{at, at + lanes}.Add(own, squares[0] + squares[1] + (squares[2] + squares[3]), pixels, before[panel + n]);
-        before[panel + n] += pixels;
+    pass.Run(z, packed, [&]<int N>(const Sums<N>& sums) {
+      for (int n = 0; n < N; n++) {
+        int panel = sums.panel + n, lanes = features - 16 * panel;
+        float* at = moments + ((size_t)block * 2 * s.out.panels() + panel) * 16;
+        if (count == kImages && lanes >= 16) StoreAndAdd<true>(sums, s.out, count, n, to, at, before[panel]);
+        else StoreAndAdd<false>(sums, s.out, count, n, to, at, before[panel]);
       }
     });
   });
@@ -519,6 +549,30 @@ void AddKernelGradient(const Shape& s, int panel, int panels, int blocks, const 
     }
 }
 
+// Stores the gradient for x, and adds those of factor and bias to `sums` [factor or bias][channel].
+template <bool kWhole, int N>
+void StoreInputGradient(Sums<N> gz, Images s, int images, int n, int reading, const Reading& read, const BFloat16* x,
+                        BFloat16* gx, float* sums) {
+  int c = 16 * (gz.panel + n), lanes = kWhole ? 16 : s.channels - c;
+  Vec16 factor = Load16(&read.factor[c]), mean = Load16(&read.mean[c]), bias = Load16(&read.bias[c]);
+  Vec16 factors[2] = {}, biases[2] = {};
+  auto visit = [&](auto mask) {
+    gz.template Visit<kWhole>(s, images, n, [&factors, &biases, mask, x, gx, lanes, mean, factor](Vec16 v, int b, size_t at) {
+      Vec16 apart = LoadFew(x + at, lanes) - mean;
+      v = mask(v, apart);
+      biases[b % 2] += v;
+      factors[b % 2] += v * apart;
+      StoreFew(gx + at, v * factor, lanes);
+    });
+  };
+  if (reading == 2) visit([factor, bias](Vec16 v, Vec16 apart) { return apart * factor + bias > 0 ? v : Vec16{}; });
+  else visit([](Vec16 v, Vec16) { return v; });
+  if (reading == 0) return;
+  Store16(sums, Load16(sums) + (factors[0] + factors[1]));
+  sums += 16 * s.panels();
+  Store16(sums, Load16(sums) + (biases[0] + biases[1]));
+}
+
 ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half x, Array mean, Array factor, Array bias,
                     Array kernel, Half y, Array ymean, Half gy, Array gmean, Array gvar, HalfResult gx, Result gfactor,
                     Result gbias, Result gkernel) {
@@ -549,33 +603,20 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half 
       Bits16* g2 = own ? x2 + xs : kept + s.blocks() * xs + block * gs;
       Eight* g = Scratch<3, Eight>(s.out.block(s.pad()));
       size_t first = (size_t)block * kImages * s.in.image(), second = (size_t)block * kImages * s.out.image();
-      Arrange(s.out, count, s.pad(), g, g2, [&](size_t i, int f) {
-        Vec16 apart = LoadFew(ydata + second + i, features - f) - Load16(&centre[f]);
-        return LoadFew(gdata + second + i, features - f) + Load16(&along[f]) * apart + Load16(&constant[f]);
+      Arrange(s.out, count, s.pad(), g, g2, [&](size_t i, int f, int lanes) {
+        Vec16 apart = LoadFew(ydata + second + i, lanes) - Load16(&centre[f]);
+        return LoadFew(gdata + second + i, lanes) + Load16(&along[f]) * apart + Load16(&constant[f]);
       });
-      Arrange(s.in, count, 0, nullptr, x2, [&](size_t i, int c) { return read(xdata + first + i, c); });
-      pass.Run(g, packed, [&](int row, const Place* places, int length, int panel, int panels, Vec16* gz) {
-        for (int n = 0; n < panels; n++) {
-          int c = 16 * (panel + n);
-          Vec16 factor = Load16(&read.factor[c]), centre = Load16(&read.mean[c]), factors = {}, biases = {};
-          for (int i = 0; i < length; i++)
-            for (int q = 0; q < places[i].count; q++) {
-              size_t pixel = (size_t)row * s.in.width + places[i].at + q * s.stride;
-              const BFloat16* from = xdata + first + pixel * channels + c;
-              BFloat16* to = out + first + pixel * channels + c;
-              for (int b = 0; b < count; b++, from += s.in.image(), to += s.in.image()) {
-                Vec16 v = gz[((i * 2 / panels + q) * kImages + b) * panels + n];
-                if (reading == 2) v = read(from, c) > 0 ? v : Vec16{};
-                if (reading != 0) {
-                  biases += v;
-                  factors += v * (LoadFew(from, channels - c) - centre);
-                  v *= factor;
-                }
-                StoreFew(to, v, channels - c);
-              }
-            }
-          Store16(sums + c, Load16(sums + c) + factors);
-          Store16(sums + lanes + c, Load16(sums + lanes + c) + biases);
+      Arrange(s.in, count, 0, nullptr, x2,
+              [&](size_t i, int c, int lanes) { return read(LoadFew(xdata + first + i, lanes), c); });
+      pass.Run(g, packed, [&]<int N>(const Sums<N>& gz) {
+        for (int n = 0; n < N; n++) {
+          int c = 16 * (gz.panel + n);
+          auto store = [&]<bool kWhole>() {
+            StoreInputGradient<kWhole>(gz, s.in, count, n, reading, read, xdata + first, out + first, sums + c);
+          };
+          if (count == kImages && c + 16 <= channels) store.template operator()<true>();
+          else store.template operator()<false>();
         }
       });
       if (own) AddKernelGradient(s, 0, s.in.panels(), 1, x2, xs, g2, gs, sums + 2 * lanes);
