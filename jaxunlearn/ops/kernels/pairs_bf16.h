@@ -1,0 +1,139 @@
+// Pairs of bfloat16, and blocks of eight images in a thread's scratch that are made of them.
+//
+// Eight images lie side by side, pixel by pixel. Products of pairs (vdpbf16ps) are over pairs of channels: [row, column,
+// pair of channels, image]; but for a kernel's gradient, a sum over pixels, over pairs of images: [panel of 16 channels,
+// row, column, pair of images, channel].
+
+#pragma once
+
+#include "elements.h"
+
+namespace {
+
+constexpr int kImages = 8;
+
+typedef uint32_t Eight __attribute__((vector_size(32)));  // a pair of channels of every image
+
+// Memory of this thread, kept from call to call, one for each use.
+template <int use, class T = Bits16>
+T* Scratch(size_t size) {
+  thread_local std::vector<T> memory;
+  if (memory.size() < size) memory.resize(size);
+  return memory.data();
+}
+
+// sum + a * b for pairs of bfloat16.
+inline Vec16 Dot(Vec16 sum, Bits16 a, Bits16 b) {
+#ifdef __AVX512BF16__
+  return (Vec16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum += (Vec16)(a << 16) * (Vec16)(b << 16);
+  return sum + (Vec16)(a & 0xffff0000) * (Vec16)(b & 0xffff0000);
+#endif
+}
+
+inline Bits16 Broadcast(uint32_t pair) { return pair - Bits16{}; }
+
+inline Half16 Rounded(Vec16 value) {
+  Half16 half;
+  Store16((BFloat16*)&half, value);
+  return half;
+}
+
+inline Vec16 Widened(Half16 half) { return Load16((const BFloat16*)&half); }
+
+inline Bits16 Pair(Half16 low, Half16 high) {
+  return __builtin_convertvector(low, Bits16) | __builtin_convertvector(high, Bits16) << 16;
+}
+
+// Sixteen numbers, or as many as there are, then zeros.
+template <class E>
+inline Vec16 LoadFew(const E* from, int count) {
+  if (count >= 16) return Load16(from);
+  float few[16] = {};
+  for (int i = 0; i < count; i++) few[i] = ToFloat(from[i]);
+  return Load16(few);
+}
+
+template <class E>
+inline void StoreFew(E* to, Vec16 value, int count) {
+  if (count >= 16) return Store16(to, value);
+  for (int i = 0; i < count; i++) to[i] = FromFloat<E>(value[i]);
+}
+
+// Parameters with zeros up to whole vectors.
+std::vector<float> Whole(const float* from, int count) {
+  std::vector<float> whole((count + 15) / 16 * 16);
+  std::copy_n(from, count, whole.data());
+  return whole;
+}
+
+// What a convolution reads or writes: of one image, or of a block of eight in scratch.
+struct Images {
+  int height, width, channels;
+
+  int pairs() const { return (channels + 1) / 2; }
+  int panels() const { return (channels + 15) / 16; }
+  size_t image() const { return (size_t)height * width * channels; }
+  size_t panel(int pad) const { return (size_t)height * (width + 2 * pad) * kImages / 2; }  // 16 channels in pairs of images
+  size_t block(int pad) const { return (size_t)height * (width + 2 * pad) * pairs(); }
+};
+
+// Eight pairs of channels of eight images, from [image][pair] to [pair][image].
+inline void Transpose(Eight (&v)[8]) {
+#pragma GCC unroll 3
+  for (int round = 0; round < 3; round++) {
+    Eight next[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      next[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      next[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) v[i] = next[i];
+  }
+}
+
+// Lays out a block of images with `pad` columns of zeros on both sides: `plain` [row, column, pair of channels, image] and
+// `paired` [panel, row, column, pair of images, channel]; either may be null. value(offset, channel): sixteen numbers.
+template <class V>
+void Arrange(const Images& s, int images, int pad, Eight* plain, Bits16* paired, V value) {
+  size_t margin = pad * s.pairs();
+  auto row = [&]<bool kWhole>(int y) {
+    for (int x = 0; x < s.width; x++)
+      for (int c = 0; c < s.channels; c += 16) {
+        size_t pixel = (size_t)y * s.width + x;
+        int count = kWhole ? 16 : s.channels - c;
+        Half16 halves[kImages];
+#pragma GCC unroll 8
+        for (int b = 0; b < kImages; b++)
+          halves[b] = kWhole || b < images ? Rounded(value(b * s.image() + pixel * s.channels + c, c, count)) : Half16{};
+        if (paired)
+#pragma GCC unroll 4
+          for (int b = 0; b < kImages / 2; b++)
+            paired[c / 16 * s.panel(pad) + (pixel + (2 * y + 1) * pad) * (kImages / 2) + b] =
+                Pair(halves[2 * b], halves[2 * b + 1]);
+        if (plain) {
+          Eight pairs[8];
+#pragma GCC unroll 8
+          for (int b = 0; b < kImages; b++) pairs[b] = (Eight)halves[b];
+          Transpose(pairs);
+          int most = kWhole ? 8 : std::min(8, s.pairs() - c / 2);
+          for (int i = 0; i < most; i++) *plain++ = pairs[i];
+        }
+      }
+  };
+  bool whole = images == kImages && s.channels % 16 == 0;
+  for (int y = 0; y < s.height; y++) {
+    for (int n = 0; paired && n < s.panels(); n++)
+      for (int x : {0, pad + s.width})
+        std::fill_n(paired + n * s.panel(pad) + ((size_t)y * (s.width + 2 * pad) + x) * (kImages / 2),
+                    pad * (kImages / 2), Bits16{});
+    if (plain) plain = std::fill_n(plain, margin, Eight{});
+    if (whole) row.template operator()<true>(y);
+    else row.template operator()<false>(y);
+    if (plain) plain = std::fill_n(plain, margin, Eight{});
+  }
+}
+
+}  // namespace
