@@ -69,22 +69,29 @@ def convolve(image: Image, kernel: Array, stride: int, groups: int) -> Convolved
     else:
         x, reading = image, PLAIN
         parameters = [jnp.zeros(x.shape[-1], kernel.dtype)] * 3
-    if not native.takes(x, kernel, *parameters):
+    kind = _kind(x, kernel, stride, groups)
+    if kind is None or not native.takes(x, kernel, *parameters):
         return None
-    kind = _kind(kernel, stride, groups)
-    return Convolved(*_convolve(x, *parameters, kernel, stride, groups, reading, kind)) if kind else None
+    # A network's images, of three channels: too few for a product in bfloat16.
+    narrow = x.astype(kernel.dtype) if _few(x) else x
+    y, mean, var = _convolve(narrow, *parameters, kernel, stride, groups, reading, kind)
+    return Convolved(y.astype(x.dtype), mean, var)
 
 
-def _kind(kernel: Array, stride: int, groups: int) -> str | None:
+def _few(x: Array) -> bool:
+    return x.shape[-1] % 8 != 0
+
+
+def _kind(x: Array, kernel: Array, stride: int, groups: int) -> str | None:
     """Whose kernels are fastest: the name of a file of `kernels`."""
     size, _, channels, features = kernel.shape
     if groups > 1:
         return "depthwise"
-    if features % 8 or (channels % 8 and size == 1):
+    if features % 8 or (_few(x) and size == 1):
         return None
     if size == 1:
         return "pointwise"
-    if size == 3 and stride == 1 and channels % 16 == features % 16 == 0:
+    if size == 3 and stride == 1 and channels % 16 == features % 16 == 0 and x.dtype == jnp.float32:
         return "winograd"
     return "convolution"
 
@@ -115,7 +122,9 @@ _convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 def _forward(*arrays: Array, stride: int, groups: int, reading: int, kind: str) -> tuple[Array, Array, Array]:
     like = partial(_xla_forward, stride=stride, groups=groups, reading=reading)
-    return native.call(f"{kind}_forward", *arrays, like=like, shape=(groups,), **_options(stride, reading))
+    return native.call(
+        _name(kind, "forward", arrays[0]), *arrays, like=like, shape=(groups,), **_options(stride, reading)
+    )
 
 
 def _backward(*arrays: Array, stride: int, groups: int, reading: int, kind: str) -> tuple[Array, ...]:
@@ -126,12 +135,16 @@ def _backward(*arrays: Array, stride: int, groups: int, reading: int, kind: str)
         return gx, gfactor, gbias, gkernel
 
     options: dict[str, Any] = {"shape": (groups,)} | _options(stride, reading)
-    if kind == "convolution" and arrays[0].shape[-1] % 8:
+    if kind == "convolution" and _few(arrays[0]):
         # A network's images: their gradient is apart, for XLA to leave out where nobody asks for it.
         gx, gfactor, gbias, _ = like(*arrays)
         gkernel = native.call("convolution_kernel_gradient", *arrays, like=lambda *a: like(*a)[3], **options)
         return gx, gfactor, gbias, gkernel
-    return native.call(f"{kind}_backward", *arrays, like=like, **options)
+    return native.call(_name(kind, "backward", arrays[0]), *arrays, like=like, **options)
+
+
+def _name(kind: str, way: str, x: Array) -> str:
+    return f"{kind}_{way}_bf16" if x.dtype == jnp.bfloat16 else f"{kind}_{way}"
 
 
 def _options(stride: int, reading: int) -> dict[str, Any]:

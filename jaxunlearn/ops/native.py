@@ -31,33 +31,27 @@ from jaxunlearn.ops.batching import on_cpu
 SOURCES = Path(__file__).parent / "kernels"
 # Contracted to fused multiply-adds, but without -ffast-math: a NaN must stay one for a diverged seed to be seen.
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-w")
+_PAIRS = ("convolution", "pointwise", "depthwise", "finish", "finish_pool")  # in float32 and in bfloat16
 KERNELS = (
-    *(
-        f"{kind}_{way}"
-        for kind in ("convolution", "winograd", "pointwise", "depthwise")
-        for way in ("forward", "backward")
-    ),
+    *(f"{kind}_{way}{dtype}" for kind in _PAIRS for way in ("forward", "backward") for dtype in ("", "_bf16")),
+    "winograd_forward",
+    "winograd_backward",
     "convolution_kernel_gradient",
     "normalise",
     "normalise_gradient",
-    *(
-        f"finish_{name}{dtype}"
-        for name in ("forward", "backward", "pool_forward", "pool_backward")
-        for dtype in ("", "_bf16")
-    ),
 )
 
 
 def usable(*arrays: Array) -> bool:
     """Whether the kernels take these arrays, all float32, in the program that is traced now."""
-    return takes(*arrays)
+    return takes(*arrays) and arrays[0].dtype == jnp.float32
 
 
 def takes(image: Array, *parameters: Array) -> bool:
-    """Whether the kernels take an image and float32 parameters in the program that is traced now."""
-    if not on_cpu() or image.dtype != jnp.float32 or any(array.dtype != jnp.float32 for array in parameters):
+    """Whether the kernels take an image, float32 or bfloat16, and float32 parameters, in the program traced now."""
+    if not on_cpu() or image.dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    if 0 in (image.size, *(array.size for array in parameters)):
+    if any(array.dtype != jnp.float32 for array in parameters) or 0 in map(jnp.size, (image, *parameters)):
         return False
     # XLA does not divide a foreign call among devices: each would do all of it.
     alone = jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1
