@@ -26,7 +26,7 @@ def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
 class Conv(nn.Module):
     """Bias-free convolution: [B, H, W, channels] -> [B, ceil(H / stride), ceil(W / stride), features].
 
-    The result is `Convolved` where a compiled kernel makes it: BatchNorm takes either.
+    With `moments` the result is `Convolved` where a compiled kernel makes it.
     """
 
     features: int
@@ -36,13 +36,15 @@ class Conv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Image) -> Array | Convolved:
+    def __call__(self, image: Image, moments: bool = False) -> Array | Convolved:
         if not isinstance(image, Normalised):
             image = image.astype(self.dtype)
         shape = (self.kernel_size, self.kernel_size, image.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", SHAPE_ONLY, shape, parameter_dtype(self.dtype))
         convolved = convolve(image, kernel, self.stride, self.groups)
-        return convolved or conv2d(written(image), kernel.astype(self.dtype), self.stride, self.groups)
+        if convolved is None:
+            return conv2d(written(image), kernel.astype(self.dtype), self.stride, self.groups)
+        return convolved if moments else convolved.y
 
 
 class Linear(nn.Module):
@@ -66,15 +68,21 @@ class BatchNorm(nn.Module):
     mean and *unbiased* variance; in eval mode normalises by the running statistics. Variables: params `scale`, `bias`;
     batch_stats `mean`, `var`; each [channels].
 
-    What is `Convolved` and gets no residual is returned `Normalised`, for the next convolution to read.
+    Without `write` the result may be `Normalised`.
     """
 
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array | Convolved, train: bool, relu: bool = False, residual: Image | None = None) -> Image:
+    def __call__(
+        self,
+        x: Array | Convolved,
+        train: bool,
+        relu: bool = False,
+        residual: Array | None = None,
+        write: bool = True,
+    ) -> Image:
         held = parameter_dtype(self.dtype)
-        residual = None if residual is None else written(residual)
         array, *moments = x if isinstance(x, Convolved) else (x.astype(self.dtype),)
         shape = (array.shape[-1],)
         scale = self.param("scale", nn.initializers.ones_init(), shape, held)
@@ -93,4 +101,15 @@ class BatchNorm(nn.Module):
                 return y
             mean, var = batch
         image = Normalised(array, mean, scale * lax.rsqrt(var + EPS), bias, relu)
-        return image if moments and residual is None else written(image, residual)
+        return written(image, residual) if write or residual is not None or not moments else image
+
+
+def conv_norm(
+    conv: Conv, norm: BatchNorm, image: Image, train: bool, relu: bool = False, residual: Array | None = None
+) -> Image:
+    """`norm` of `conv` of an image, with residual sum and ReLU.
+
+    On CPU the result may be `Normalised`: another `conv_norm` reads it as it is, anything else takes what `written`
+    makes of it.
+    """
+    return norm(conv(image, moments=True), train, relu=relu, residual=residual, write=False)

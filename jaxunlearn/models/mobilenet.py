@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
+from jaxunlearn.models.layers import BatchNorm, Conv, Linear, conv_norm, parameter_dtype
 from jaxunlearn.ops.fused import Image, written
 
 
@@ -39,7 +39,7 @@ class MobileNetV2(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Image, train: bool) -> Array:
         """Images [B, 32, 32, 3] -> logits [B, num_classes], float32."""
         x = self._conv_bn("features.0.0", "features.0.1", x, 32, train)
         index = 1
@@ -49,21 +49,22 @@ class MobileNetV2(nn.Module):
                 x = self._block(f"features.{index}.conv", x, expansion, channels, stride, train)
                 index += 1
         x = self._conv_bn(f"features.{index}.0", f"features.{index}.1", x, 1280, train, size=1)
-        x = written(x).astype(parameter_dtype(self.dtype)).mean((1, 2))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return Linear(self.num_classes, parameter_dtype(self.dtype), name="classifier.1")(x)
+        features = written(x).astype(parameter_dtype(self.dtype)).mean((1, 2))
+        features = nn.Dropout(self.dropout, deterministic=not train)(features)
+        return Linear(self.num_classes, parameter_dtype(self.dtype), name="classifier.1")(features)
 
     def _block(self, name: str, x: Image, expansion: int, channels: int, stride: int, train: bool) -> Image:
         """1x1 expansion, depthwise 3x3, linear 1x1 projection; residual when the shape is kept."""
-        keeps = stride == 1 and x.shape[-1] == channels
-        y = x = written(x) if keeps else x
+        residual = written(x) if (stride, channels) == (1, x.shape[-1]) else None
+        y = x if residual is None else residual
         number, width = 0, expansion * x.shape[-1]
         if expansion != 1:
             y = self._conv_bn(f"{name}.0.0", f"{name}.0.1", y, width, train, size=1)
             number = 1
         y = self._conv_bn(f"{name}.{number}.0", f"{name}.{number}.1", y, width, train, stride=stride, groups=width)
-        y = Conv(channels, 1, dtype=self.dtype, name=f"{name}.{number + 1}")(y)
-        return BatchNorm(self.dtype, name=f"{name}.{number + 2}")(y, train, residual=x if keeps else None)
+        conv = Conv(channels, 1, dtype=self.dtype, name=f"{name}.{number + 1}")
+        norm = BatchNorm(self.dtype, name=f"{name}.{number + 2}")
+        return conv_norm(conv, norm, y, train, residual=residual)
 
     def _conv_bn(
         self,
@@ -77,5 +78,5 @@ class MobileNetV2(nn.Module):
         stride: int = 1,
         groups: int = 1,
     ) -> Image:
-        x = Conv(features, size, stride, groups, self.dtype, name=conv)(x)
-        return BatchNorm(self.dtype, name=norm)(x, train, relu=True)
+        layers = Conv(features, size, stride, groups, self.dtype, name=conv), BatchNorm(self.dtype, name=norm)
+        return conv_norm(*layers, x, train, relu=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
+from jaxunlearn.models.layers import BatchNorm, Conv, Linear, conv_norm, parameter_dtype
 from jaxunlearn.ops.fused import Image, written
 
 
@@ -21,27 +21,39 @@ class ResNet20(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Image, train: bool) -> Array:
         """Images [B, 32, 32, 3] -> logits [B, num_classes], float32."""
-        x = Conv(16, dtype=self.dtype, name="conv1")(x)
-        x = BatchNorm(dtype=self.dtype, name="bn1")(x, train, relu=True)
+        x = self._conv_norm("conv1", "bn1", x, 16, train, relu=True)
         for stage, channels in enumerate((16, 32, 64), start=1):
             for block in range(3):
                 stride = 2 if stage > 1 and block == 0 else 1
                 x = self._block(f"layer{stage}.{block}", x, channels, stride, train)
-        x = written(x).astype(parameter_dtype(self.dtype)).mean((1, 2))
-        return Linear(self.num_classes, parameter_dtype(self.dtype), name="linear")(x)
+        features = written(x).astype(parameter_dtype(self.dtype)).mean((1, 2))
+        return Linear(self.num_classes, parameter_dtype(self.dtype), name="linear")(features)
 
     def _block(self, name: str, x: Image, channels: int, stride: int, train: bool) -> Image:
-        x = written(x)
-        y = Conv(channels, stride=stride, dtype=self.dtype, name=f"{name}.conv1")(x)
-        y = BatchNorm(dtype=self.dtype, name=f"{name}.bn1")(y, train, relu=True)
-        y = Conv(channels, dtype=self.dtype, name=f"{name}.conv2")(y)
-        keeps = stride == 1 and x.shape[-1] == channels
-        if not keeps and self.shortcut == "A":
+        x = residual = written(x)
+        y = self._conv_norm(f"{name}.conv1", f"{name}.bn1", x, channels, train, stride=stride, relu=True)
+        if (stride, channels) != (1, x.shape[-1]) and self.shortcut == "A":
             pad = (channels - x.shape[-1]) // 2
-            x = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (pad, pad)))
-        elif not keeps:
-            x = Conv(channels, kernel_size=1, stride=stride, dtype=self.dtype, name=f"{name}.shortcut.0")(x)
-            x = BatchNorm(dtype=self.dtype, name=f"{name}.shortcut.1")(x, train)
-        return BatchNorm(dtype=self.dtype, name=f"{name}.bn2")(y, train, relu=True, residual=x)
+            residual = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (pad, pad)))
+        elif (stride, channels) != (1, x.shape[-1]):
+            names = f"{name}.shortcut.0", f"{name}.shortcut.1"
+            residual = written(self._conv_norm(*names, x, channels, train, kernel_size=1, stride=stride))
+        return self._conv_norm(f"{name}.conv2", f"{name}.bn2", y, channels, train, relu=True, residual=residual)
+
+    def _conv_norm(
+        self,
+        conv: str,
+        norm: str,
+        x: Image,
+        channels: int,
+        train: bool,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        relu: bool = False,
+        residual: Array | None = None,
+    ) -> Image:
+        layers = Conv(channels, kernel_size, stride, dtype=self.dtype, name=conv), BatchNorm(self.dtype, name=norm)
+        return conv_norm(*layers, x, train, relu, residual)

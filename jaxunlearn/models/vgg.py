@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxunlearn.models.layers import BatchNorm, Conv, Linear, parameter_dtype
-from jaxunlearn.ops.fused import pooled
+from jaxunlearn.models.layers import BatchNorm, Conv, Linear, conv_norm, parameter_dtype
+from jaxunlearn.ops.fused import Image, pooled, written
 
 # Features of each 3x3 convolution, block by block; a 2x2 max-pool ends each block.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -23,17 +23,18 @@ class VGG16BN(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Image, train: bool) -> Array:
         """Images [B, 32, 32, 3] -> logits [B, num_classes], float32. In train mode needs the `dropout` key."""
         number = 0
         for block in BLOCKS:
             for features in block:
-                x = Conv(features, dtype=self.dtype, name=f"features.{number}")(x)
-                x = BatchNorm(dtype=self.dtype, name=f"features.{number + 1}")(x, train, relu=True)
+                conv = Conv(features, dtype=self.dtype, name=f"features.{number}")
+                norm = BatchNorm(self.dtype, name=f"features.{number + 1}")
+                x = conv_norm(conv, norm, x, train, relu=True)
                 number += 3
             x = pooled(x)
             number += 1
-        x = x.reshape(x.shape[0], -1)
-        x = nn.relu(Linear(512, self.dtype, name="classifier.0")(x))
-        x = nn.Dropout(0.5, deterministic=not train)(x)
-        return Linear(self.num_classes, parameter_dtype(self.dtype), name="classifier.3")(x)
+        flat = written(x).reshape(x.shape[0], -1)
+        y = nn.relu(Linear(512, self.dtype, name="classifier.0")(flat))
+        y = nn.Dropout(0.5, deterministic=not train)(y)
+        return Linear(self.num_classes, parameter_dtype(self.dtype), name="classifier.3")(y)

@@ -37,8 +37,6 @@ KERNELS = (
     "winograd_forward",
     "winograd_backward",
     "convolution_kernel_gradient",
-    "normalise",
-    "normalise_gradient",
 )
 
 

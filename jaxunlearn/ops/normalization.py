@@ -6,10 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from jaxunlearn.ops import native
 from jaxunlearn.ops.batching import on_cpu, outlined, seedwise
 from jaxunlearn.ops.reductions import sum_over_rows
 
@@ -54,26 +52,7 @@ def batch_norm(
 
 
 def _forward(
-    x: Array, scale: Array, bias: Array, residual: Array | None = None, *, relu: bool
-) -> tuple[Array, Array, Array]:
-    xla_form = partial(_xla_forward, relu=relu)
-    if not native.usable(x, scale, bias):
-        return xla_form(x, scale, bias, residual)
-    if residual is not None:
-        return native.call("normalise", x, scale, bias, residual, like=xla_form, **_options(True, relu))
-
-    def like(x: Array, scale: Array, bias: Array, _: Array) -> tuple[Array, Array, Array]:
-        return xla_form(x, scale, bias, None)
-
-    return native.call("normalise", x, scale, bias, x, like=like, **_options(False, relu))
-
-
-def _options(add: bool, relu: bool) -> dict[str, Any]:
-    return {"add": np.bool_(add), "relu": np.bool_(relu), "eps": np.float32(EPS)}
-
-
-def _xla_forward(
-    x: Array, scale: Array, bias: Array, residual: Array | None, near: Array | None = None, *, relu: bool
+    x: Array, scale: Array, bias: Array, residual: Array | None = None, near: Array | None = None, *, relu: bool
 ) -> tuple[Array, Array, Array]:
     count = x.size // x.shape[-1]
     axes = tuple(range(x.ndim - 1))
@@ -103,7 +82,7 @@ def _batch_norm_fwd(
         arrays = (x, scale, bias) if residual is None else (x, scale, bias, residual)
         y, mean, var = seedwise(partial(outlined, partial(_forward, relu=relu)), *arrays)
     else:
-        y, mean, var = _xla_forward(x, scale, bias, residual, near, relu=relu)
+        y, mean, var = _forward(x, scale, bias, residual, near, relu=relu)
     return (y, mean, var), (x, y, scale, mean, var, residual is None)
 
 
@@ -119,23 +98,7 @@ def _batch_norm_bwd(
 batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
 
 
-def _backward(*arrays: Array, relu: bool, alone: bool) -> tuple[Array, Array, Array, Array | None]:
-    """Arguments and results as of `_xla_backward`."""
-    x, _, scale, *_, g, _, _ = arrays
-    if not native.usable(x, scale, g):
-        return _xla_backward(*arrays, relu=relu, alone=alone)
-
-    def like(*arrays: Array) -> tuple[Array, ...]:
-        dx, dscale, dbias, dresidual = _xla_backward(*arrays, relu=relu, alone=alone)
-        return dx, dscale, dbias, jnp.zeros(0, g.dtype) if dresidual is None else dresidual
-
-    # Into the place of `g`, which is in the cache: the result would be fetched from memory before it is written.
-    into, options = {5: 0 if alone else 3}, _options(not alone, relu)
-    dx, dscale, dbias, dresidual = native.call("normalise_gradient", *arrays, like=like, into=into, **options)
-    return dx, dscale, dbias, None if alone else dresidual
-
-
-def _xla_backward(
+def _backward(
     x: Array,
     y: Array,
     scale: Array,
