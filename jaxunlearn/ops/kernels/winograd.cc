@@ -9,6 +9,7 @@
 // Channels and features must be multiples of 16.
 
 #include <array>
+#include <bit>
 #include <cmath>
 #include <mutex>
 
@@ -37,19 +38,16 @@ constexpr int kPanel = 2 * kLanes;  // features that a product makes at a time
 #ifndef WIDE
 #define WIDE (128*128)
 #endif
-#ifndef DEPTH
-#define DEPTH 4096
-#endif
-#ifndef DEEP
-#define DEEP 192
+#ifndef KERNEL
+#define KERNEL (1 << 30)
 #endif
 #ifndef SUPER
-#define SUPER 512
+#define SUPER 128
 #endif
 constexpr int kTiles = TILES;
 constexpr int kBlock = BLOCK;   // features from product to output transform
-constexpr int kDepth = DEPTH;  // of a panel of a transformed kernel that stays in the first cache
 constexpr int kParts = 8;     // of the work, at least
+constexpr int kRuns = 64;  // of chunks that follow each other
 
 template <int P>
 using Parts = std::array<Vec16, P>;
@@ -147,7 +145,13 @@ struct Tiling {
 
   explicit Tiling(const Array& x)
       : batch(x.dimensions()[0]), height(x.dimensions()[1]), width(x.dimensions()[2]), down((height + 1) / 2),
-        along((width + 1) / 2), chunk(std::max(1, kTiles / along)), chunks((batch * down + chunk - 1) / chunk) {}
+        along((width + 1) / 2) {
+    int rows = batch * down;
+    chunk = std::max(1, kTiles / along);
+    unsigned few = (rows + chunk - 1) / chunk;  // to be shared out evenly
+    if (few < 32) chunk = (rows + std::bit_floor(few) - 1) / std::bit_floor(few);
+    chunks = (rows + chunk - 1) / chunk;
+  }
 
   int begin(int chunk) const { return chunk * this->chunk; }
   int end(int chunk) const { return std::min(begin(chunk + 1), batch * down); }
@@ -225,21 +229,17 @@ void TransformInput(const Tiling& t, const Layout& layout, int chunk, float* scr
 // A z A^T of a chunk's tiles.
 template <int P>
 void TransformPixels(const Tiling& t, const Layout& layout, int chunk, const Reading& read, const float* x,
-                     float* out) {
-  int channels = layout.channels;
+                     int channels, int first, float* out) {
   size_t below = (size_t)t.width * channels;
   for (int row = t.begin(chunk); row < t.end(chunk); row++) {
-    const float* from = x + t.pixel(row) * channels;
+    const float* from = x + t.pixel(row) * channels + first;
     for (int p = 0; p < t.along; p++, from += 2 * channels, out += layout.row) {
       bool right = 2 * p + 1 < t.width, lower = t.lower(row);
-      for (int c = 0; c < channels; c += 16) {
+      for (int c = 0; c < layout.channels; c += 16) {
+        auto pixel = [&](size_t at) { return read(Load<Vec16>(from + at + c), first + c); };
         Vec16 none = {};
-        Parts<P> left = PixelParts<P>(read(Load<Vec16>(from + c), c),
-                                      lower ? read(Load<Vec16>(from + below + c), c) : none);
-        Parts<P> other{};
-        if (right)
-          other = PixelParts<P>(read(Load<Vec16>(from + channels + c), c),
-                                lower ? read(Load<Vec16>(from + below + channels + c), c) : none);
+        Parts<P> left = PixelParts<P>(pixel(0), lower ? pixel(below) : none), other{};
+        if (right) other = PixelParts<P>(pixel(channels), lower ? pixel(below + channels) : none);
 #pragma GCC unroll 4
         for (int i = 0; i < P; i++) {
           Parts<P> parts = PixelParts<P>(left[i], other[i]);
@@ -301,21 +301,29 @@ inline void Transpose(Vec16* rows) {
 // Where a position's transformed kernel begins, of a matrix [depth, width] in panels [width / kPanel][depth][kPanel].
 inline size_t KernelPosition(int depth, int width) { return (size_t)depth * width + 16; }
 
-// G k G^T. `kTurned`: of the kernel turned by half a circle, channels and features exchanged.
+// G k G^T, columns begin ... begin + width. `kTurned`: of the kernel turned by half a circle, channels and features
+// exchanged.
 template <int P, bool kTurned>
-void TransformKernel(ffi::ThreadPool& pool, const float* kernel, int channels, int features, float* out) {
-  int depth = kTurned ? features : channels, width = kTurned ? channels : features;
+void TransformKernel(ffi::ThreadPool& pool, const float* kernel, int channels, int features, int begin, int width,
+                     float* out) {
+  int depth = kTurned ? features : channels;
   size_t position = KernelPosition(depth, width);
-  ParallelFor(pool, channels / 16, [=](int block) {
-    for (int f = 0; f < features; f += 16) {
+  ParallelFor(pool, (kTurned ? width : channels) / 16, [=](int block) {
+    int c = block * 16 + (kTurned ? begin : 0), first = kTurned ? 0 : begin, last = kTurned ? features : begin + width;
+    for (int f = first; f < last; f += 16) {
       Vec16 taps[9][16];
       for (int tap = 0; tap < 9; tap++) {
         Vec16* rows = taps[kTurned ? 8 - tap : tap];
-        for (int r = 0; r < 16; r++)
-          rows[r] = Load<Vec16>(kernel + ((size_t)tap * channels + block * 16 + r) * features + f);
+        const float* from = kernel + ((size_t)tap * channels + c) * features + f;
+        for (int r = 0; r < 16; r++, from += features) {
+#ifdef PK
+          __builtin_prefetch(from + PK, 0, 3);
+#endif
+          rows[r] = Load<Vec16>(from);
+        }
         if (kTurned) Transpose(rows);
       }
-      int d = kTurned ? f : block * 16, w = kTurned ? block * 16 : f;
+      int d = kTurned ? f : c, w = (kTurned ? c : f) - begin;
       int panel = w / kPanel * kPanel, row = std::min(kPanel, width - panel);
       float* to = out + (size_t)panel * depth + d * row + w - panel;
       for (int r = 0; r < 16; r++, to += row) {
@@ -330,17 +338,15 @@ void TransformKernel(ffi::ThreadPool& pool, const float* kernel, int channels, i
   });
 }
 
-// R rows of a matrix times a panel of N vectors, put into `out` at first, then added.
+// R rows of a matrix times a panel of N vectors.
 template <int R, int N>
-inline void Product(const float* a, size_t a_row, int depth, const float* panel, bool first, float* out,
+inline void Product(const float* a, size_t a_row, int depth, const float* panel, const float* next, float* out,
                     size_t out_row) {
   Wide sum[R][N] = {};
-  if (!first)
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-      for (int n = 0; n < N; n++) sum[r][n] = Load<Wide>(out + r * out_row + n * kLanes);
   for (int k = 0; k < depth; k++, panel += N * kLanes) {
+#ifndef NOPRE
+    __builtin_prefetch(next + k * 16, 0, 2);
+#endif
     Wide b[N];
     for (int n = 0; n < N; n++) b[n] = Load<Wide>(panel + n * kLanes);
 #pragma GCC unroll 12
@@ -388,20 +394,19 @@ class Ahead {
 void Products(int rows, const float* a, size_t a_row, int depth, const float* kernel, int begin, int count, float* out,
               size_t out_row, Ahead& ahead) {
   auto panel = [&]<int N>(int f) {
-    for (int k = 0; k < depth; k += kDepth) {
-      const float* from = kernel + (size_t)(begin + f) * depth + k * N * kLanes;
-      int r = 0;
-      auto tiles = [&]<int R>() {
-        for (; r + R <= rows; r += R) {
-          ahead.Step();
-          Product<R, N>(a + r * a_row + k, a_row, std::min(kDepth, depth - k), from, k == 0, out + r * out_row + f,
-                        out_row);
-        }
-      };
-      tiles.template operator()<kRows>();
-      tiles.template operator()<4>();
-      tiles.template operator()<1>();
-    }
+    const float* from = kernel + (size_t)(begin + f) * depth;
+    const float* next = from + depth * N * kLanes;
+    int r = 0;
+    auto tiles = [&]<int R>() {
+      for (; r + R <= rows; r += R) {
+        ahead.Step();
+        Product<R, N>(a + r * a_row, a_row, depth, from, next, out + r * out_row + f, out_row);
+        next += depth * 16;
+      }
+    };
+    tiles.template operator()<kRows>();
+    tiles.template operator()<4>();
+    tiles.template operator()<1>();
   };
   int f = 0;
   for (; f + kPanel <= count; f += kPanel) panel.template operator()<2>(f);
@@ -413,6 +418,12 @@ template <int M, int N>
 inline void AddProduct(int rows, int chunk, const float* a, const Layout& left, const float* b, const Layout& right, bool first,
                        float* sums, size_t row) {
   Wide sum[M][N] = {};
+#ifndef NOPRE2
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) __builtin_prefetch(sums + (M + m) * row + n * 16, 1, 3);
+#endif
   if (!first)
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
@@ -451,24 +462,36 @@ void AddProducts(int rows, int chunk, const float* a, const Layout& channels, co
   if (f < width) panel.template operator()<1>(f);
 }
 
+// Columns of a transformed kernel that are made and used at a time, so that they stay in the cache that cores share.
+inline int Columns(int positions, int depth, int width) {
+  return std::min(width, std::max(1, KERNEL / (positions * depth * kPanel)) * kPanel);
+}
+
+// Into how many shares of columns a part of the work is divided where there are few parts, and how wide they are.
+struct Shares {
+  int count, width;
+
+  Shares(int parts, int columns) {
+    int panels = (columns + kPanel - 1) / kPanel, wanted = (kParts + parts - 1) / parts;
+    width = (panels + wanted - 1) / wanted * kPanel;
+    count = (columns + width - 1) / width;
+  }
+};
+
 template <int P>
 void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const float* x, const float* kernel,
              int channels, int features, float* y, float* ymean, float* yvar) {
-  Memory memory(P * P * KernelPosition(channels, features));
+  int columns = Columns(P * P, channels, features);
+  Memory memory(P * P * KernelPosition(channels, columns));
   float* kernels = memory.data();
-  TransformKernel<P, false>(pool, kernel, channels, features, kernels);
   std::vector<float> statistics((size_t)t.chunks * 2 * features);
   float* parts = statistics.data();
   Layout layout(t, channels, P * P);
-  // A part makes some features of a chunk; all of them unless there are few chunks.
-  int shares = std::min((kParts + t.chunks - 1) / t.chunks, (features + kPanel - 1) / kPanel);
-  int share = ((features + shares - 1) / shares + kPanel - 1) / kPanel * kPanel;
-  int block = std::min(kBlock, share);
+  int block = std::min(kBlock, columns), runs = std::min(t.chunks, kRuns);
   size_t m_position = (size_t)t.chunk * t.along * block + 16;
-  auto convolve = [&](int chunk, int begin, int end, bool follows) {
-    Ahead ahead(P * P * t.products(chunk, end - begin));
-    if (follows) ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
-    if (begin == 0 && end == features) ahead.Write(y + t.first(chunk) * features, t.pixels(chunk) * features);
+
+  // Columns begin ... end of `width` from `first`, of a chunk.
+  auto convolve = [&](int chunk, int first, int width, int begin, int end, bool follows) {
     float* rows = Memory::Scratch(4 * (2 * t.along + 2) * channels + layout.chunk + P * P * m_position);
     float *v = rows + 4 * (2 * t.along + 2) * channels, *m = v + layout.chunk;
     TransformInput<P>(t, layout, chunk, rows, v, [&](size_t pixel, int count, float* to) {
@@ -476,14 +499,17 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
       for (int p = 0; p < count; p++, from += channels, to += channels)
         for (int c = 0; c < channels; c += 16) Store(to + c, read(Load<Vec16>(from + c), c));
     });
+    Ahead ahead(P * P * t.products(chunk, end - begin));
+    if (follows) ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
+    if (end - begin == features) ahead.Write(y + t.first(chunk) * features, t.pixels(chunk) * features);
     float count = t.pixels(chunk);
     for (int f = begin; f < end; f += block) {
       int now = std::min(block, end - f);
       for (int p = 0; p < P * P; p++)
         Products(t.tiles(chunk), v + p * layout.position, layout.row, channels,
-                 kernels + p * KernelPosition(channels, features), f, now, m + p * m_position, block, ahead);
+                 kernels + p * KernelPosition(channels, width), f, now, m + p * m_position, block, ahead);
       for (int i = 0; i < now; i += 16) {
-        float* to = y + f + i;
+        float* to = y + first + f + i;
         Vec16 sum = {}, squares[2] = {};
         TransformOutput<P>(t, chunk, m + i, block, m_position, [&](size_t pixel, Vec16 value) {
           Store(to + pixel * features, value);
@@ -497,19 +523,23 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
             squares[p & 1] += apart * apart;
           }
         }
-        float* own = parts + (size_t)chunk * 2 * features + f + i;
+        float* own = parts + (size_t)chunk * 2 * features + first + f + i;
         Store(own, mean);
         Store(own + features, squares[0] + squares[1]);
       }
     }
   };
-  int runs = shares > 1 ? t.chunks : std::min(t.chunks, 64);
-  ParallelFor(pool, runs * shares, [&](int part) {
-    int run = part / shares, from = part % shares * share;
-    int begin = (int64_t)t.chunks * run / runs, end = (int64_t)t.chunks * (run + 1) / runs;
-    for (int chunk = begin; chunk < end; chunk++)
-      convolve(chunk, from, std::min(features, from + share), chunk + 1 < end);
-  });
+  for (int first = 0; first < features; first += columns) {
+    int width = std::min(columns, features - first);
+    TransformKernel<P, false>(pool, kernel, channels, features, first, width, kernels);
+    Shares shares(runs, width);
+    ParallelFor(pool, runs * shares.count, [&](int part) {
+      int run = part / shares.count, from = part % shares.count * shares.width;
+      int begin = (int64_t)t.chunks * run / runs, end = (int64_t)t.chunks * (run + 1) / runs;
+      for (int chunk = begin; chunk < end; chunk++)
+        convolve(chunk, first, width, from, std::min(width, from + shares.width), chunk + 1 < end);
+    });
+  }
   double pixels = (double)t.batch * t.height * t.width;
   for (int f = 0; f < features; f++) {
     double sum = 0, squares = 0;
@@ -552,118 +582,122 @@ template <int P>
 void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const float* x, const float* kernel,
               const Gradient& gradient, int channels, int features, float* gx, float* gfactor, float* gbias,
               float* gkernel) {
-  Memory kernel_memory(P * P * KernelPosition(features, channels));
+  int columns = Columns(P * P, features, channels), block = std::min(kBlock, columns);
+  Memory kernel_memory(P * P * KernelPosition(features, columns));
   float* kernels = kernel_memory.data();
-  TransformKernel<P, true>(pool, kernel, channels, features, kernels);
-  Layout inputs(t, channels, P * P), outputs(t, features, P * P);
+  Layout outputs(t, features, P * P);
   std::vector<float> sums_of_chunks((size_t)t.chunks * 2 * channels);
   float* parts = sums_of_chunks.data();
-  int block = std::min(kBlock, channels);
   size_t m_position = (size_t)t.chunk * t.along * block + 16;
-
-  auto transform = [&](int chunk, float* v, float* z) {
-    float* rows = Memory::Scratch(4 * (2 * t.along + 2) * features);
-    TransformInput<P>(t, outputs, chunk, rows, v, gradient);
-    TransformPixels<P>(t, inputs, chunk, read, x, z);
-  };
-  auto input_gradient = [&](int chunk, const float* v, float* m, int begin, int end, Ahead& ahead) {
-    if (begin == 0 && end == channels) ahead.Write(gx + t.first(chunk) * channels, t.pixels(chunk) * channels);
-    for (int c = begin; c < end; c += block) {
-      int now = std::min(block, end - c);
-      for (int p = 0; p < P * P; p++)
-        Products(t.tiles(chunk), v + p * outputs.position, outputs.row, features,
-                 kernels + p * KernelPosition(features, channels), c, now, m + p * m_position, block, ahead);
-      for (int i = 0; i < now; i += 16) {
-        int at = c + i;
-        Vec16 mean = Load<Vec16>(read.mean + at), factor = Load<Vec16>(read.factor + at);
-        Vec16 biases = {}, factors = {};
-        TransformOutput<P>(t, chunk, m + i, block, m_position, [&](size_t pixel, Vec16 value) {
-          Vec16 input = Load<Vec16>(x + pixel * channels + at);
-          if (read.relu) value = read(input, at) > 0 ? value : Vec16{};
-          Store(gx + pixel * channels + at, value * factor);
-          biases += value;
-          factors += value * (input - mean);
-        });
-        float* own = parts + (size_t)chunk * 2 * channels + at;
-        Store(own, biases);
-        Store(own + channels, factors);
-      }
-    }
-  };
-
   bool wide = (size_t)channels * features >= WIDE;
   int groups = wide ? 1 : std::min(kGroups, t.chunks);
-  size_t size = (size_t)channels * features, position = size + 16;
+  size_t position = (size_t)columns * features + 16;
   Memory sum_memory(groups * P * P * position);
   float* sums = sum_memory.data();
-  if (!wide) {
-    ParallelFor(pool, groups, [&](int group) {
-      int begin = (int64_t)t.chunks * group / groups, end = (int64_t)t.chunks * (group + 1) / groups;
-      size_t rows = 4 * (2 * t.along + 2) * features;
-      float* v = Memory::Scratch(rows + inputs.chunk + outputs.chunk + P * P * m_position) + rows;
-      float *z = v + outputs.chunk, *m = z + inputs.chunk;
-      for (int chunk = begin; chunk < end; chunk++) {
-        transform(chunk, v, z);
-        Ahead ahead(P * P * t.products(chunk, channels));
-        if (chunk + 1 < end) {
-          ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
-          ahead.Read(gradient.y + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
-          ahead.Read(gradient.gy + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
-        }
-        input_gradient(chunk, v, m, 0, channels, ahead);
+
+  for (int first = 0; first < channels; first += columns) {
+    int width = std::min(columns, channels - first);
+    TransformKernel<P, true>(pool, kernel, channels, features, first, width, kernels);
+    Layout inputs(t, width, P * P);
+
+    auto transform = [&](int chunk, float* v, float* z) {
+      float* rows = Memory::Scratch(4 * (2 * t.along + 2) * features);
+      TransformInput<P>(t, outputs, chunk, rows, v, gradient);
+      TransformPixels<P>(t, inputs, chunk, read, x, channels, first, z);
+    };
+    auto input_gradient = [&](int chunk, const float* v, float* m, int begin, int end, Ahead& ahead) {
+      if (end - begin == channels) ahead.Write(gx + t.first(chunk) * channels, t.pixels(chunk) * channels);
+      for (int c = begin; c < end; c += block) {
+        int now = std::min(block, end - c);
         for (int p = 0; p < P * P; p++)
-          AddProducts(t.tiles(chunk), t.tiles(chunk), z + p * inputs.position, inputs, v + p * outputs.position, outputs,
-                      chunk == begin, sums + (group * P * P + p) * position);
+          Products(t.tiles(chunk), v + p * outputs.position, outputs.row, features,
+                   kernels + p * KernelPosition(features, width), c, now, m + p * m_position, block, ahead);
+        for (int i = 0; i < now; i += 16) {
+          int at = first + c + i;
+          Vec16 mean = Load<Vec16>(read.mean + at), factor = Load<Vec16>(read.factor + at);
+          Vec16 biases = {}, factors = {};
+          TransformOutput<P>(t, chunk, m + i, block, m_position, [&](size_t pixel, Vec16 value) {
+            Vec16 input = Load<Vec16>(x + pixel * channels + at);
+            if (read.relu) value = read(input, at) > 0 ? value : Vec16{};
+            Store(gx + pixel * channels + at, value * factor);
+            biases += value;
+            factors += value * (input - mean);
+          });
+          float* own = parts + (size_t)chunk * 2 * channels + at;
+          Store(own, biases);
+          Store(own + channels, factors);
+        }
+      }
+    };
+
+    if (!wide) {
+      ParallelFor(pool, groups, [&](int group) {
+        int begin = (int64_t)t.chunks * group / groups, end = (int64_t)t.chunks * (group + 1) / groups;
+        size_t rows = 4 * (2 * t.along + 2) * features;
+        float* v = Memory::Scratch(rows + inputs.chunk + outputs.chunk + P * P * m_position) + rows;
+        float *z = v + outputs.chunk, *m = z + inputs.chunk;
+        for (int chunk = begin; chunk < end; chunk++) {
+          transform(chunk, v, z);
+          Ahead ahead(P * P * t.products(chunk, width));
+          if (chunk + 1 < end) {
+            ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
+            ahead.Read(gradient.y + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
+            ahead.Read(gradient.gy + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
+          }
+          input_gradient(chunk, v, m, 0, width, ahead);
+          for (int p = 0; p < P * P; p++)
+            AddProducts(t.tiles(chunk), t.tiles(chunk), z + p * inputs.position, inputs, v + p * outputs.position,
+                        outputs, chunk == begin, sums + (group * P * P + p) * position);
+        }
+      });
+    } else {
+      int each = t.chunk * t.along, together = std::min(std::max(1, SUPER / each), t.chunks);
+      Memory transformed(together * (inputs.chunk + outputs.chunk));
+      float *v = transformed.data(), *z = v + together * outputs.chunk;
+      for (int begin = 0; begin < t.chunks; begin += together) {
+        int count = std::min(together, t.chunks - begin);
+        Shares shares(count, width);
+        ParallelFor(pool, count, [&](int i) { transform(begin + i, v + i * outputs.chunk, z + i * inputs.chunk); });
+        ParallelFor(pool, count * shares.count + P * P, [&](int i) {
+          if (i < count * shares.count) {
+            int chunk = i / shares.count, from = i % shares.count * shares.width;
+            int until = std::min(width, from + shares.width);
+            Ahead ahead(P * P * t.products(begin + chunk, until - from));
+            input_gradient(begin + chunk, v + chunk * outputs.chunk, Memory::Scratch(P * P * m_position), from, until,
+                           ahead);
+          } else {
+            int p = i - count * shares.count;
+            AddProducts(t.tiles(begin, begin + count), each, z + p * inputs.position, inputs,
+                        v + p * outputs.position, outputs, begin == 0, sums + p * position);
+          }
+        });
+      }
+    }
+
+    ParallelFor(pool, width, [=](int c) {
+      for (int f = 0; f < features; f += 16) {
+        size_t at = (size_t)c * features + f;
+        Parts<P> parts[P];
+        for (int i = 0; i < P; i++)
+          for (int j = 0; j < P; j++) {
+            Vec16 sum = {};
+            for (int group = 0; group < groups; group++)
+              sum += Load<Vec16>(sums + ((group * P + i) * P + j) * position + at);
+            parts[j][i] = sum;
+          }
+        Parts<P> rows[3];
+        for (int j = 0; j < P; j++) {
+          Parts<3> taps = KernelGradient<P>(parts[j]);
+          for (int i = 0; i < 3; i++) rows[i][j] = taps[i];
+        }
+        for (int i = 0; i < 3; i++) {
+          Parts<3> taps = KernelGradient<P>(rows[i]);
+          for (int j = 0; j < 3; j++)
+            Store(gkernel + ((size_t)(8 - (3 * i + j)) * channels + first + c) * features + f, taps[j]);
+        }
       }
     });
-  } else {
-    int together = std::min(std::max(1, SUPER / (t.chunk * t.along)), t.chunks);
-    Memory transformed(together * (inputs.chunk + outputs.chunk));
-    float *v = transformed.data(), *z = v + together * outputs.chunk;
-    int shares = std::min((kParts + t.chunks - 1) / t.chunks, (channels + kPanel - 1) / kPanel);
-    int share = ((channels + shares - 1) / shares + kPanel - 1) / kPanel * kPanel;
-    for (int begin = 0; begin < t.chunks; begin += together) {
-      int count = std::min(together, t.chunks - begin);
-      ParallelFor(pool, count, [&](int i) { transform(begin + i, v + i * outputs.chunk, z + i * inputs.chunk); });
-      ParallelFor(pool, count * shares + P * P, [&](int i) {
-        if (i < count * shares) {
-          int chunk = i / shares, from = i % shares * share;
-          int until = std::min(channels, from + share);
-          Ahead ahead(P * P * t.products(begin + chunk, until - from));
-          input_gradient(begin + chunk, v + chunk * outputs.chunk, Memory::Scratch(P * P * m_position), from, until, ahead);
-          return;
-        }
-        int p = i - count * shares;
-        int each = t.chunk * t.along, deep = std::max(1, DEEP / each);
-        for (int k = 0; k < count; k += deep)
-          AddProducts(t.tiles(begin + k, std::min(begin + k + deep, begin + count)), each, z + k * inputs.chunk + p * inputs.position, inputs,
-                      v + k * outputs.chunk + p * outputs.position, outputs, begin + k == 0, sums + p * position);
-      });
-    }
   }
-
-  ParallelFor(pool, channels, [=](int c) {
-    for (int f = 0; f < features; f += 16) {
-      size_t at = (size_t)c * features + f;
-      Parts<P> parts[P];
-      for (int i = 0; i < P; i++)
-        for (int j = 0; j < P; j++) {
-          Vec16 sum = {};
-          for (int group = 0; group < groups; group++)
-            sum += Load<Vec16>(sums + ((group * P + i) * P + j) * position + at);
-          parts[j][i] = sum;
-        }
-      Parts<P> rows[3];
-      for (int j = 0; j < P; j++) {
-        Parts<3> taps = KernelGradient<P>(parts[j]);
-        for (int i = 0; i < 3; i++) rows[i][j] = taps[i];
-      }
-      for (int i = 0; i < 3; i++) {
-        Parts<3> taps = KernelGradient<P>(rows[i]);
-        for (int j = 0; j < 3; j++) Store(gkernel + (8 - (3 * i + j)) * size + at, taps[j]);
-      }
-    }
-  });
   for (int c = 0; c < channels; c++) {
     double biases = 0, factors = 0;
     for (int k = 0; k < t.chunks && read.any; k++) {
