@@ -18,10 +18,11 @@ constexpr int kBlock = 128;  // features from product to output transform
 constexpr int kParts = 8;    // of the work, at least
 constexpr int kRuns = 64;    // of chunks that follow each other, at most
 
-// From so many floats in a tap of the kernel on, groups of chunks do not add up gradients of their own, which would
-// fill the caches. Some chunks are transformed, then each position's product is added up over them by one thread. Tiles
-// of these chunks: 256 channels of 8x8 19.7 ms, of 256 tiles 20.7, 512: 21.9, 1024: 24.2.
-constexpr size_t kWide = 128 * 128;
+// Where a tap of the kernel has fewer floats than kWide, groups of chunks add up gradients of their own, in a core's
+// cache or near it. Otherwise kTogether tiles' chunks are transformed, then each position's product is added up over
+// them by one thread: 128 channels of 16x16 took 21 ms or, when what one core writes was slow to reach the other, 35; in
+// groups 20 at such a time.
+constexpr size_t kWide = 256 * 256 + 1;
 constexpr int kTogether = 128;
 
 // What a pixel of the output hands back: gy + gmean / N + gvar * 2 (y - ymean) / N.
@@ -177,7 +178,7 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
   };
 
   bool wide = (size_t)channels * features >= kWide;
-  int groups = wide ? 1 : std::min(kGroups, t.chunks);
+  int groups = wide ? 1 : std::min((size_t)channels * features < 128 * 128 ? kGroups : kParts, t.chunks);
   size_t position = (size_t)channels * features + 16;
   Memory sum_memory(groups * P * P * position);
   float* sums = sum_memory.data();
