@@ -20,8 +20,8 @@ constexpr int kRuns = 64;    // of chunks that follow each other, at most
 
 // Where a tap of the kernel has fewer floats than kWide, groups of chunks add up gradients of their own, in a core's
 // cache or near it. Otherwise kTogether tiles' chunks are transformed, then each position's product is added up over
-// them by one thread: 128 channels of 16x16 took 21 ms or, when what one core writes was slow to reach the other, 35; in
-// groups 20 at such a time.
+// them by one thread: 128 channels of 16x16 took 21 ms or, when what one core writes was slow to reach the other, 35;
+// in groups 20 at such a time.
 constexpr size_t kWide = 256 * 256 + 1;
 constexpr int kTogether = 128;
 
