@@ -8,448 +8,57 @@
 //
 // Channels and features must be multiples of 16.
 
-#include <array>
-#include <cmath>
-#include <mutex>
-
-#include "elements.h"
+#include "winograd_transforms.h"
 
 namespace {
 
-// The widest vector, and the rows of tiles of two such vectors that fit into the registers: of a product, and of one
-// whose first factor is transposed (its rows are channels, multiples of 16).
-#ifdef __AVX512F__
-using Wide = Vec16;
-constexpr int kRows = 12, kTransposedRows = 8;
-#else
-using Wide = Vec8;
-constexpr int kRows = 6, kTransposedRows = 4;
-#endif
-constexpr int kLanes = sizeof(Wide) / sizeof(float);
-constexpr int kPanel = 2 * kLanes;  // features that a product makes at a time
+using namespace winograd;
 
-#ifndef TILES
-#define TILES 48
-#endif
-#ifndef BLOCK
-#define BLOCK 128
-#endif
-#ifndef WIDE
-#define WIDE (128*128)
-#endif
-#ifndef DEPTH
-#define DEPTH 4096
-#endif
-#ifndef DEEP
-#define DEEP 192
-#endif
-#ifndef SUPER
-#define SUPER 512
-#endif
-constexpr int kTiles = TILES;
-constexpr int kBlock = BLOCK;   // features from product to output transform
-constexpr int kDepth = DEPTH;  // of a panel of a transformed kernel that stays in the first cache
-constexpr int kParts = 8;     // of the work, at least
+constexpr int kBlock = 128;  // features from product to output transform
+constexpr int kParts = 8;    // of the work, at least
+constexpr int kRuns = 64;    // of chunks that follow each other, at most
 
-template <int P>
-using Parts = std::array<Vec16, P>;
+// Where a tap of the kernel has fewer floats than kWide, groups of chunks add up gradients of their own, in a core's
+// cache or near it. Otherwise kTogether tiles' chunks are transformed, then each position's product is added up over
+// them by one thread: 128 channels of 16x16 took 21 ms or, when what one core writes was slow to reach the other, 35;
+// in groups 20 at such a time.
+constexpr size_t kWide = 256 * 256 + 1;
+constexpr int kTogether = 128;
 
-// Along one direction, P = 4: F(2, 3). P = 3: the same for an image of two pixels, where only two of four pixels under
-// a tile are not padding: nine positions do instead of sixteen.
+// What a pixel of the output hands back: gy + gmean / N + gvar * 2 (y - ymean) / N.
+struct Gradient {
+  const float *y, *gy, *mean;
+  std::vector<float> constant, along;
 
-template <int P>
-inline Parts<P> InputParts(Vec16 d0, Vec16 d1, Vec16 d2, Vec16 d3) {  // B^T
-  if constexpr (P == 4) return {d0 - d2, d1 + d2, d2 - d1, d1 - d3};
-  else return {d1, d1 + d2, d2};
-}
-
-template <int P>
-inline Parts<P> KernelParts(Vec16 k0, Vec16 k1, Vec16 k2) {  // G
-  if constexpr (P == 4) return {k0, (k0 + k2 + k1) * 0.5f, (k0 + k2 - k1) * 0.5f, k2};
-  else return {k0 - k1, k1, k2 - k1};
-}
-
-template <int P>
-inline Parts<2> OutputPixels(const Parts<P>& m) {  // A^T
-  if constexpr (P == 4) return {m[0] + m[1] + m[2], m[1] - m[2] - m[3]};
-  else return {m[1] + m[2], m[0] + m[1]};
-}
-
-template <int P>
-inline Parts<P> PixelParts(Vec16 z0, Vec16 z1) {  // A
-  if constexpr (P == 4) return {z0, z0 + z1, z0 - z1, -z1};
-  else return {z1, z0 + z1, z0};
-}
-
-template <int P>
-inline Parts<3> KernelGradient(const Parts<P>& u) {  // G^T
-  if constexpr (P == 4) return {u[0] + (u[1] + u[2]) * 0.5f, (u[1] - u[2]) * 0.5f, (u[1] + u[2]) * 0.5f + u[3]};
-  else return {u[0], u[1] - u[0] - u[2], u[2]};
-}
-
-// Floats, and not yet any in particular. Kept from call to call: the allocator may hand memory back to the system when a
-// call ends, and then each page's first touch costs more than what is done with it.
-class Memory {
- public:
-  explicit Memory(size_t size) {
-    std::lock_guard lock(mutex_);
-    if (!free_.empty()) {
-      memory_ = std::move(free_.back());
-      free_.pop_back();
+  Gradient(const Array& y, const Array& mean, const Array& gy, const Array& gmean, const Array& gvar)
+      : y(y.typed_data()), gy(gy.typed_data()), mean(mean.typed_data()), constant(mean.element_count()),
+        along(mean.element_count()) {
+    size_t features = mean.element_count();
+    float pixels = y.element_count() / features;
+    for (size_t f = 0; f < features; f++) {
+      constant[f] = gmean.typed_data()[f] / pixels;
+      along[f] = 2 * gvar.typed_data()[f] / pixels;
     }
-    if (memory_.size() < size + 16) memory_ = std::vector<float>(size + 16);
   }
-  ~Memory() {
-    std::lock_guard lock(mutex_);
-    free_.push_back(std::move(memory_));
-  }
-  float* data() { return Aligned(memory_.data()); }
-
-  // This thread's.
-  static float* Scratch(size_t size) {
-    thread_local std::vector<float> memory;
-    if (memory.size() < size + 16) memory = std::vector<float>(size + 16);
-    return Aligned(memory.data());
-  }
-
- private:
-  // To a line of the cache: vectors across two cost double.
-  static float* Aligned(float* memory) { return (float*)(((uintptr_t)memory + 63) & ~(uintptr_t)63); }
-  static inline std::mutex mutex_;
-  static inline std::vector<std::vector<float>> free_;
-  std::vector<float> memory_;
-};
-
-// z of x: parameters that leave x as it is where nothing is to be done.
-struct Reading {
-  std::vector<float> none;
-  const float *mean, *factor, *bias;
-  float lowest;
-  bool relu, any;
-
-  Reading(int64_t reading, int channels, const Array& mean, const Array& factor, const Array& bias)
-      : none(2 * channels), mean(mean.typed_data()), factor(factor.typed_data()), bias(bias.typed_data()),
-        lowest(reading == 2 ? 0 : -INFINITY), relu(reading == 2), any(reading != 0) {
-    if (any) return;
-    std::fill_n(none.begin() + channels, channels, 1.f);
-    this->mean = this->bias = none.data();
-    this->factor = none.data() + channels;
-  }
-  Vec16 operator()(Vec16 x, int c) const {
-    Vec16 z = (x - Load<Vec16>(mean + c)) * Load<Vec16>(factor + c) + Load<Vec16>(bias + c);
-    return z < lowest ? lowest - Vec16{} : z;  // NaN stays NaN
+  void operator()(size_t pixel, int count, float* to) const {
+    int features = constant.size();
+    for (size_t at = pixel * features, end = at + (size_t)count * features; at < end; at += features, to += features)
+      for (int f = 0; f < features; f += 16)
+        Store(to + f, Load<Vec16>(gy + at + f) + Load<Vec16>(&constant[f]) +
+                          Load<Vec16>(&along[f]) * (Load<Vec16>(y + at + f) - Load<Vec16>(mean + f)));
   }
 };
 
-// Chunks are of whole rows of tiles, numbered through all images.
-struct Tiling {
-  int batch, height, width, down, along, chunk, chunks;
+// Into how many shares of columns a part of the work is divided where there are few parts, and how wide they are.
+struct Shares {
+  int count, width;
 
-  explicit Tiling(const Array& x)
-      : batch(x.dimensions()[0]), height(x.dimensions()[1]), width(x.dimensions()[2]), down((height + 1) / 2),
-        along((width + 1) / 2), chunk(std::max(1, kTiles / along)), chunks((batch * down + chunk - 1) / chunk) {}
-
-  int begin(int chunk) const { return chunk * this->chunk; }
-  int end(int chunk) const { return std::min(begin(chunk + 1), batch * down); }
-  int tiles(int chunk) const { return tiles(chunk, chunk + 1); }
-  int tiles(int from, int to) const { return (end(to - 1) - begin(from)) * along; }
-  size_t pixel(int row) const { return ((size_t)(row / down) * height + row % down * 2) * width; }  // its first
-  bool lower(int row) const { return row % down * 2 + 1 < height; }  // whether its tiles have two rows of pixels
-  size_t first(int chunk) const { return pixel(begin(chunk)); }
-  size_t pixels(int chunk) const {
-    return end(chunk) < batch * down ? first(chunk + 1) - first(chunk) : (size_t)batch * height * width - first(chunk);
+  Shares(int parts, int columns) {
+    int panels = (columns + kPanel - 1) / kPanel, wanted = (kParts + parts - 1) / parts;
+    width = (panels + wanted - 1) / wanted * kPanel;
+    count = (columns + width - 1) / width;
   }
-  int products(int chunk, int width) const { return (tiles(chunk) + kRows - 1) / kRows * ((width + kPanel - 1) / kPanel); }
 };
-
-// What a chunk's tiles become: for each position a matrix [tiles, channels]. Rows and positions are apart by no power of
-// two, which would put them into the same few lines of the cache.
-struct Layout {
-  int channels;
-  size_t row, position, chunk;
-
-  Layout(const Tiling& t, int channels, int positions)
-      : channels(channels), row(channels % 128 ? channels : channels + 16),
-        position((size_t)t.chunk * t.along * row + 16), chunk(positions * position) {}
-};
-
-// B^T d B of a chunk's tiles. fill(pixel, count, to) makes `count` pixels' channels.
-template <int P, class F>
-void TransformInput(const Tiling& t, const Layout& layout, int chunk, float* scratch, float* out, F fill) {
-  int channels = layout.channels;
-  size_t size = (size_t)(2 * t.along + 2) * channels;
-  float* rows[4] = {scratch, scratch + size, scratch + 2 * size, scratch + 3 * size};
-  auto read = [&](int row, int from) {
-    for (int i = from; i < 4; i++) {
-      int y = row % t.down * 2 - 1 + i;
-      if (y < 0 || y >= t.height) {
-        std::fill_n(rows[i], size, 0.f);
-        continue;
-      }
-      size_t end = (size_t)(t.width + 1) * channels;
-      std::fill_n(rows[i], channels, 0.f);
-      fill(((size_t)(row / t.down) * t.height + y) * t.width, t.width, rows[i] + channels);
-      std::fill_n(rows[i] + end, size - end, 0.f);
-    }
-  };
-  for (int row = t.begin(chunk); row < t.end(chunk); row++, out += t.along * layout.row) {
-    bool follows = row > t.begin(chunk) && row % t.down > 0;
-    if (follows) {
-      std::swap(rows[0], rows[2]);
-      std::swap(rows[1], rows[3]);
-    }
-    read(row, follows ? 2 : 0);
-    for (int c = 0; c < channels; c += 16) {
-      auto column = [&](int x) {
-        size_t at = (size_t)x * channels + c;
-        return InputParts<P>(Load<Vec16>(rows[0] + at), Load<Vec16>(rows[1] + at), Load<Vec16>(rows[2] + at),
-                             Load<Vec16>(rows[3] + at));
-      };
-      Parts<P> d0 = column(0), d1 = column(1);
-      float* to = out + c;
-      for (int x = 0; x < t.along; x++, to += layout.row) {
-        Parts<P> d2 = column(2 * x + 2), d3 = column(2 * x + 3);
-#pragma GCC unroll 4
-        for (int i = 0; i < P; i++) {
-          Parts<P> parts = InputParts<P>(d0[i], d1[i], d2[i], d3[i]);
-#pragma GCC unroll 4
-          for (int j = 0; j < P; j++) Store(to + (i * P + j) * layout.position, parts[j]);
-        }
-        d0 = d2;
-        d1 = d3;
-      }
-    }
-  }
-}
-
-// A z A^T of a chunk's tiles.
-template <int P>
-void TransformPixels(const Tiling& t, const Layout& layout, int chunk, const Reading& read, const float* x,
-                     float* out) {
-  int channels = layout.channels;
-  size_t below = (size_t)t.width * channels;
-  for (int row = t.begin(chunk); row < t.end(chunk); row++) {
-    const float* from = x + t.pixel(row) * channels;
-    for (int p = 0; p < t.along; p++, from += 2 * channels, out += layout.row) {
-      bool right = 2 * p + 1 < t.width, lower = t.lower(row);
-      for (int c = 0; c < channels; c += 16) {
-        Vec16 none = {};
-        Parts<P> left = PixelParts<P>(read(Load<Vec16>(from + c), c),
-                                      lower ? read(Load<Vec16>(from + below + c), c) : none);
-        Parts<P> other{};
-        if (right)
-          other = PixelParts<P>(read(Load<Vec16>(from + channels + c), c),
-                                lower ? read(Load<Vec16>(from + below + channels + c), c) : none);
-#pragma GCC unroll 4
-        for (int i = 0; i < P; i++) {
-          Parts<P> parts = PixelParts<P>(left[i], other[i]);
-#pragma GCC unroll 4
-          for (int j = 0; j < P; j++) Store(out + (i * P + j) * layout.position + c, parts[j]);
-        }
-      }
-    }
-  }
-}
-
-// A^T m A of a chunk's tiles, of 16 features: put(pixel, output) for every pixel of the image.
-template <int P, class F>
-inline void TransformOutput(const Tiling& t, int chunk, const float* m, size_t m_row, size_t m_position, F put) {
-  for (int row = t.begin(chunk); row < t.end(chunk); row++) {
-    size_t pixel = t.pixel(row);
-    bool lower = t.lower(row);
-    for (int x = 0; x < t.width; x += 2, pixel += 2, m += m_row) {
-      Parts<P> upper_parts, lower_parts;
-#pragma GCC unroll 4
-      for (int j = 0; j < P; j++) {
-        Parts<P> column;
-#pragma GCC unroll 4
-        for (int i = 0; i < P; i++) column[i] = Load<Vec16>(m + (i * P + j) * m_position);
-        Parts<2> pixels = OutputPixels<P>(column);
-        upper_parts[j] = pixels[0];
-        lower_parts[j] = pixels[1];
-      }
-      Parts<2> top = OutputPixels<P>(upper_parts), bottom = OutputPixels<P>(lower_parts);
-      put(pixel, top[0]);
-      if (x + 1 < t.width) put(pixel + 1, top[1]);
-      if (!lower) continue;
-      put(pixel + t.width, bottom[0]);
-      if (x + 1 < t.width) put(pixel + t.width + 1, bottom[1]);
-    }
-  }
-}
-
-// A 16x16 matrix: swaps the blocks beside the diagonal, of 1, then 2, 4, 8.
-inline void Transpose(Vec16* rows) {
-  typedef int Lanes __attribute__((vector_size(64)));
-#pragma GCC unroll 4
-  for (int size = 1; size < 16; size *= 2) {
-    Lanes upper, lower;
-    for (int i = 0; i < 16; i++) {
-      upper[i] = i & size ? 16 + i - size : i;
-      lower[i] = i & size ? 16 + i : i + size;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-      if (i & size) continue;
-      Vec16 a = rows[i], b = rows[i + size];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + size] = __builtin_shuffle(a, b, lower);
-    }
-  }
-}
-
-// Where a position's transformed kernel begins, of a matrix [depth, width] in panels [width / kPanel][depth][kPanel].
-inline size_t KernelPosition(int depth, int width) { return (size_t)depth * width + 16; }
-
-// G k G^T. `kTurned`: of the kernel turned by half a circle, channels and features exchanged.
-template <int P, bool kTurned>
-void TransformKernel(ffi::ThreadPool& pool, const float* kernel, int channels, int features, float* out) {
-  int depth = kTurned ? features : channels, width = kTurned ? channels : features;
-  size_t position = KernelPosition(depth, width);
-  ParallelFor(pool, channels / 16, [=](int block) {
-    for (int f = 0; f < features; f += 16) {
-      Vec16 taps[9][16];
-      for (int tap = 0; tap < 9; tap++) {
-        Vec16* rows = taps[kTurned ? 8 - tap : tap];
-        for (int r = 0; r < 16; r++)
-          rows[r] = Load<Vec16>(kernel + ((size_t)tap * channels + block * 16 + r) * features + f);
-        if (kTurned) Transpose(rows);
-      }
-      int d = kTurned ? f : block * 16, w = kTurned ? block * 16 : f;
-      int panel = w / kPanel * kPanel, row = std::min(kPanel, width - panel);
-      float* to = out + (size_t)panel * depth + d * row + w - panel;
-      for (int r = 0; r < 16; r++, to += row) {
-        Parts<P> columns[3];
-        for (int j = 0; j < 3; j++) columns[j] = KernelParts<P>(taps[j][r], taps[3 + j][r], taps[6 + j][r]);
-        for (int i = 0; i < P; i++) {
-          Parts<P> parts = KernelParts<P>(columns[0][i], columns[1][i], columns[2][i]);
-          for (int j = 0; j < P; j++) Store(to + (i * P + j) * position, parts[j]);
-        }
-      }
-    }
-  });
-}
-
-// R rows of a matrix times a panel of N vectors, put into `out` at first, then added.
-template <int R, int N>
-inline void Product(const float* a, size_t a_row, int depth, const float* panel, bool first, float* out,
-                    size_t out_row) {
-  Wide sum[R][N] = {};
-  if (!first)
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-      for (int n = 0; n < N; n++) sum[r][n] = Load<Wide>(out + r * out_row + n * kLanes);
-  for (int k = 0; k < depth; k++, panel += N * kLanes) {
-    Wide b[N];
-    for (int n = 0; n < N; n++) b[n] = Load<Wide>(panel + n * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      float value = a[r * a_row + k];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; n++) sum[r][n] += value * b[n];
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; n++) Store(out + r * out_row + n * kLanes, sum[r][n]);
-}
-
-// Memory that is needed next, called into the cache a few lines at a time while products are computed, which leave the
-// way to memory idle.
-class Ahead {
- public:
-  explicit Ahead(int steps) : steps_(std::max(1, steps)) {}
-
-  void Read(const float* from, size_t count) { Add(from, count, false); }
-  void Write(const float* to, size_t count) { Add(to, count, true); }
-  void Step() {
-    for (Range& range : ranges_) {
-      const float* until = std::min(range.end, range.at + range.step);
-      for (; range.at < until; range.at += 16) range.write ? __builtin_prefetch(range.at, 1, 2) : __builtin_prefetch(range.at, 0, 2);
-    }
-  }
-
- private:
-  struct Range {
-    const float *at, *end;
-    size_t step;
-    bool write;
-  };
-  void Add(const float* from, size_t count, bool write) {
-    ranges_[count_++] = {from, from + count, (count / 16 / steps_ + 1) * 16, write};
-  }
-  int steps_, count_ = 0;
-  Range ranges_[4] = {};
-};
-
-// [rows, depth] times columns begin ... begin + count of a transformed kernel.
-void Products(int rows, const float* a, size_t a_row, int depth, const float* kernel, int begin, int count, float* out,
-              size_t out_row, Ahead& ahead) {
-  auto panel = [&]<int N>(int f) {
-    for (int k = 0; k < depth; k += kDepth) {
-      const float* from = kernel + (size_t)(begin + f) * depth + k * N * kLanes;
-      int r = 0;
-      auto tiles = [&]<int R>() {
-        for (; r + R <= rows; r += R) {
-          ahead.Step();
-          Product<R, N>(a + r * a_row + k, a_row, std::min(kDepth, depth - k), from, k == 0, out + r * out_row + f,
-                        out_row);
-        }
-      };
-      tiles.template operator()<kRows>();
-      tiles.template operator()<4>();
-      tiles.template operator()<1>();
-    }
-  };
-  int f = 0;
-  for (; f + kPanel <= count; f += kPanel) panel.template operator()<2>(f);
-  if (f < count) panel.template operator()<1>(f);
-}
-
-// M rows of a transposed matrix times N vectors of another, added to `sums`, or put there at first.
-template <int M, int N>
-inline void AddProduct(int rows, int chunk, const float* a, const Layout& left, const float* b, const Layout& right, bool first,
-                       float* sums, size_t row) {
-  Wide sum[M][N] = {};
-  if (!first)
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-      for (int n = 0; n < N; n++) sum[m][n] = Load<Wide>(sums + m * row + n * kLanes);
-  for (; rows > 0; rows -= chunk, a += left.chunk, b += right.chunk) {
-    const float *from = a, *with = b;
-    for (int r = std::min(rows, chunk); r > 0; r--, from += left.row, with += right.row) {
-      Wide v[N];
-      for (int n = 0; n < N; n++) v[n] = Load<Wide>(with + n * kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        float value = from[m];
-#pragma GCC unroll 2
-        for (int n = 0; n < N; n++) sum[m][n] += value * v[n];
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; n++) Store(sums + m * row + n * kLanes, sum[m][n]);
-}
-
-// [rows, channels]^T times [rows, features], of chunks that lie one after the other.
-void AddProducts(int rows, int chunk, const float* a, const Layout& channels, const float* b, const Layout& features,
-                 bool first, float* sums) {
-  int width = features.channels;
-  auto panel = [&]<int N>(int f) {
-    for (int c = 0; c < channels.channels; c += kTransposedRows)
-      AddProduct<kTransposedRows, N>(rows, chunk, a + c, channels, b + f, features, first,
-                                     sums + (size_t)c * width + f, width);
-  };
-  int f = 0;
-  for (; f + kPanel <= width; f += kPanel) panel.template operator()<2>(f);
-  if (f < width) panel.template operator()<1>(f);
-}
 
 template <int P>
 void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const float* x, const float* kernel,
@@ -457,18 +66,14 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
   Memory memory(P * P * KernelPosition(channels, features));
   float* kernels = memory.data();
   TransformKernel<P, false>(pool, kernel, channels, features, kernels);
+  Layout layout(t.chunk * t.along, channels, P * P);
   std::vector<float> statistics((size_t)t.chunks * 2 * features);
   float* parts = statistics.data();
-  Layout layout(t, channels, P * P);
-  // A part makes some features of a chunk; all of them unless there are few chunks.
-  int shares = std::min((kParts + t.chunks - 1) / t.chunks, (features + kPanel - 1) / kPanel);
-  int share = ((features + shares - 1) / shares + kPanel - 1) / kPanel * kPanel;
-  int block = std::min(kBlock, share);
+  int block = std::min(kBlock, features);
   size_t m_position = (size_t)t.chunk * t.along * block + 16;
+
+  // Features begin ... end of a chunk.
   auto convolve = [&](int chunk, int begin, int end, bool follows) {
-    Ahead ahead(P * P * t.products(chunk, end - begin));
-    if (follows) ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
-    if (begin == 0 && end == features) ahead.Write(y + t.first(chunk) * features, t.pixels(chunk) * features);
     float* rows = Memory::Scratch(4 * (2 * t.along + 2) * channels + layout.chunk + P * P * m_position);
     float *v = rows + 4 * (2 * t.along + 2) * channels, *m = v + layout.chunk;
     TransformInput<P>(t, layout, chunk, rows, v, [&](size_t pixel, int count, float* to) {
@@ -476,6 +81,9 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
       for (int p = 0; p < count; p++, from += channels, to += channels)
         for (int c = 0; c < channels; c += 16) Store(to + c, read(Load<Vec16>(from + c), c));
     });
+    Ahead ahead(P * P, t.tiles(chunk), end - begin);
+    if (follows) ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
+    if (end - begin == features) ahead.Write(y + t.first(chunk) * features, t.pixels(chunk) * features);
     float count = t.pixels(chunk);
     for (int f = begin; f < end; f += block) {
       int now = std::min(block, end - f);
@@ -503,12 +111,13 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
       }
     }
   };
-  int runs = shares > 1 ? t.chunks : std::min(t.chunks, 64);
-  ParallelFor(pool, runs * shares, [&](int part) {
-    int run = part / shares, from = part % shares * share;
+  int runs = std::min(t.chunks, kRuns);
+  Shares shares(runs, features);
+  ParallelFor(pool, runs * shares.count, [&](int part) {
+    int run = part / shares.count, from = part % shares.count * shares.width;
     int begin = (int64_t)t.chunks * run / runs, end = (int64_t)t.chunks * (run + 1) / runs;
     for (int chunk = begin; chunk < end; chunk++)
-      convolve(chunk, from, std::min(features, from + share), chunk + 1 < end);
+      convolve(chunk, from, std::min(features, from + shares.width), chunk + 1 < end);
   });
   double pixels = (double)t.batch * t.height * t.width;
   for (int f = 0; f < features; f++) {
@@ -524,30 +133,6 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
   }
 }
 
-// What a pixel of the output hands back: gy + gmean / N + gvar * 2 (y - ymean) / N.
-struct Gradient {
-  const float *y, *gy, *mean;
-  std::vector<float> constant, along;
-
-  Gradient(const Array& y, const Array& mean, const Array& gy, const Array& gmean, const Array& gvar)
-      : y(y.typed_data()), gy(gy.typed_data()), mean(mean.typed_data()), constant(mean.element_count()),
-        along(mean.element_count()) {
-    size_t features = mean.element_count();
-    float pixels = y.element_count() / features;
-    for (size_t f = 0; f < features; f++) {
-      constant[f] = gmean.typed_data()[f] / pixels;
-      along[f] = 2 * gvar.typed_data()[f] / pixels;
-    }
-  }
-  void operator()(size_t pixel, int count, float* to) const {
-    int features = constant.size();
-    for (size_t at = pixel * features, end = at + (size_t)count * features; at < end; at += features, to += features)
-      for (int f = 0; f < features; f += 16)
-        Store(to + f, Load<Vec16>(gy + at + f) + Load<Vec16>(&constant[f]) +
-                          Load<Vec16>(&along[f]) * (Load<Vec16>(y + at + f) - Load<Vec16>(mean + f)));
-  }
-};
-
 template <int P>
 void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const float* x, const float* kernel,
               const Gradient& gradient, int channels, int features, float* gx, float* gfactor, float* gbias,
@@ -555,11 +140,12 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
   Memory kernel_memory(P * P * KernelPosition(features, channels));
   float* kernels = kernel_memory.data();
   TransformKernel<P, true>(pool, kernel, channels, features, kernels);
-  Layout inputs(t, channels, P * P), outputs(t, features, P * P);
+  int tiles = t.chunk * t.along;
+  Layout inputs(tiles, channels, P * P), outputs(tiles, features, P * P);
   std::vector<float> sums_of_chunks((size_t)t.chunks * 2 * channels);
   float* parts = sums_of_chunks.data();
   int block = std::min(kBlock, channels);
-  size_t m_position = (size_t)t.chunk * t.along * block + 16;
+  size_t m_position = (size_t)tiles * block + 16;
 
   auto transform = [&](int chunk, float* v, float* z) {
     float* rows = Memory::Scratch(4 * (2 * t.along + 2) * features);
@@ -567,7 +153,7 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
     TransformPixels<P>(t, inputs, chunk, read, x, z);
   };
   auto input_gradient = [&](int chunk, const float* v, float* m, int begin, int end, Ahead& ahead) {
-    if (begin == 0 && end == channels) ahead.Write(gx + t.first(chunk) * channels, t.pixels(chunk) * channels);
+    if (end - begin == channels) ahead.Write(gx + t.first(chunk) * channels, t.pixels(chunk) * channels);
     for (int c = begin; c < end; c += block) {
       int now = std::min(block, end - c);
       for (int p = 0; p < P * P; p++)
@@ -591,9 +177,9 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
     }
   };
 
-  bool wide = (size_t)channels * features >= WIDE;
-  int groups = wide ? 1 : std::min(kGroups, t.chunks);
-  size_t size = (size_t)channels * features, position = size + 16;
+  bool wide = (size_t)channels * features >= kWide;
+  int groups = wide ? 1 : std::min((size_t)channels * features < 128 * 128 ? kGroups : kParts, t.chunks);
+  size_t position = (size_t)channels * features + 16;
   Memory sum_memory(groups * P * P * position);
   float* sums = sum_memory.data();
   if (!wide) {
@@ -604,7 +190,7 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
       float *z = v + outputs.chunk, *m = z + inputs.chunk;
       for (int chunk = begin; chunk < end; chunk++) {
         transform(chunk, v, z);
-        Ahead ahead(P * P * t.products(chunk, channels));
+        Ahead ahead(P * P, t.tiles(chunk), channels);
         if (chunk + 1 < end) {
           ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
           ahead.Read(gradient.y + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
@@ -612,58 +198,35 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
         }
         input_gradient(chunk, v, m, 0, channels, ahead);
         for (int p = 0; p < P * P; p++)
-          AddProducts(t.tiles(chunk), t.tiles(chunk), z + p * inputs.position, inputs, v + p * outputs.position, outputs,
-                      chunk == begin, sums + (group * P * P + p) * position);
+          AddProducts(t.tiles(chunk), t.tiles(chunk), z + p * inputs.position, inputs, v + p * outputs.position,
+                      outputs, chunk == begin, sums + (group * P * P + p) * position);
       }
     });
   } else {
-    int together = std::min(std::max(1, SUPER / (t.chunk * t.along)), t.chunks);
+    int together = std::min(std::max(1, kTogether / tiles), t.chunks);
     Memory transformed(together * (inputs.chunk + outputs.chunk));
     float *v = transformed.data(), *z = v + together * outputs.chunk;
-    int shares = std::min((kParts + t.chunks - 1) / t.chunks, (channels + kPanel - 1) / kPanel);
-    int share = ((channels + shares - 1) / shares + kPanel - 1) / kPanel * kPanel;
     for (int begin = 0; begin < t.chunks; begin += together) {
       int count = std::min(together, t.chunks - begin);
+      Shares shares(count, channels);
       ParallelFor(pool, count, [&](int i) { transform(begin + i, v + i * outputs.chunk, z + i * inputs.chunk); });
-      ParallelFor(pool, count * shares + P * P, [&](int i) {
-        if (i < count * shares) {
-          int chunk = i / shares, from = i % shares * share;
-          int until = std::min(channels, from + share);
-          Ahead ahead(P * P * t.products(begin + chunk, until - from));
-          input_gradient(begin + chunk, v + chunk * outputs.chunk, Memory::Scratch(P * P * m_position), from, until, ahead);
-          return;
+      ParallelFor(pool, count * shares.count + P * P, [&](int i) {
+        if (i < count * shares.count) {
+          int chunk = i / shares.count, from = i % shares.count * shares.width;
+          int until = std::min(channels, from + shares.width);
+          Ahead ahead(P * P, t.tiles(begin + chunk), until - from);
+          input_gradient(begin + chunk, v + chunk * outputs.chunk, Memory::Scratch(P * P * m_position), from, until,
+                         ahead);
+        } else {
+          int p = i - count * shares.count;
+          AddProducts(t.tiles(begin, begin + count), tiles, z + p * inputs.position, inputs,
+                      v + p * outputs.position, outputs, begin == 0, sums + p * position);
         }
-        int p = i - count * shares;
-        int each = t.chunk * t.along, deep = std::max(1, DEEP / each);
-        for (int k = 0; k < count; k += deep)
-          AddProducts(t.tiles(begin + k, std::min(begin + k + deep, begin + count)), each, z + k * inputs.chunk + p * inputs.position, inputs,
-                      v + k * outputs.chunk + p * outputs.position, outputs, begin + k == 0, sums + p * position);
       });
     }
   }
 
-  ParallelFor(pool, channels, [=](int c) {
-    for (int f = 0; f < features; f += 16) {
-      size_t at = (size_t)c * features + f;
-      Parts<P> parts[P];
-      for (int i = 0; i < P; i++)
-        for (int j = 0; j < P; j++) {
-          Vec16 sum = {};
-          for (int group = 0; group < groups; group++)
-            sum += Load<Vec16>(sums + ((group * P + i) * P + j) * position + at);
-          parts[j][i] = sum;
-        }
-      Parts<P> rows[3];
-      for (int j = 0; j < P; j++) {
-        Parts<3> taps = KernelGradient<P>(parts[j]);
-        for (int i = 0; i < 3; i++) rows[i][j] = taps[i];
-      }
-      for (int i = 0; i < 3; i++) {
-        Parts<3> taps = KernelGradient<P>(rows[i]);
-        for (int j = 0; j < 3; j++) Store(gkernel + (8 - (3 * i + j)) * size + at, taps[j]);
-      }
-    }
-  });
+  TransformKernelGradient<P>(pool, sums, groups, position, channels, features, gkernel);
   for (int c = 0; c < channels; c++) {
     double biases = 0, factors = 0;
     for (int k = 0; k < t.chunks && read.any; k++) {
@@ -716,3 +279,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(winograd_backward, DispatchBackward,
                               STRIDED.Attr<int64_t>("reading").Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                   .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
                                   .Ret<Array>().Ret<Array>().Ret<Array>().Ret<Array>());
+
