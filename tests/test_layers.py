@@ -73,7 +73,7 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
-def test_convolution_and_gradients_are_those_of_lax(shape, form):
+def test_convolution_and_gradients_are_those_of_lax(shape):
     batch, height, width, channels, features, size, stride, groups = shape
     x, kernel = random(batch, height, width, channels), random(size, size, channels // groups, features, seed=1)
     g = random(batch, -(-height // stride), -(-width // stride), features, seed=2)
@@ -151,7 +151,7 @@ def pick(tree, axis, i):
     return tree if axis is None else jax.tree.map(lambda a: a[i], tree)
 
 
-def test_network_of_all_layers_has_the_plain_gradients(form):
+def test_network_of_all_layers_has_the_plain_gradients():
     assert_close(jitted_step(*images_and_weights()), jax.jit(jax.value_and_grad(plain, (0, 1)))(*images_and_weights()))
 
 
@@ -210,7 +210,7 @@ def test_float64():
         assert_close(jitted_step(x, weights), jax.jit(jax.value_and_grad(plain, (0, 1)))(x, weights), 1e-12)
 
 
-def test_hessian_vector_product(form):
+def test_hessian_vector_product():
     x, weights = images_and_weights()
     tangent = jax.tree.map(jnp.ones_like, weights)
 

@@ -1,6 +1,6 @@
-"""The compiled kernels: when they are used, what they do with NaN and threads, and where they cannot be compiled.
+"""The compiled kernels: when they are used, what they do with denormals and threads, and where they cannot be compiled.
 
-That their values and gradients are right is in test_layers.py, which runs every layer in both forms.
+That their values and gradients are right is in test_fused.py and test_finishing.py.
 """
 
 import errno
@@ -12,32 +12,43 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from jaxunlearn.ops import native
-from jaxunlearn.ops.convolution import conv2d
-from jaxunlearn.ops.normalization import batch_norm
+from jaxunlearn.ops.fused import convolve
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 COMPILED = native.library() is not None
 needs_compiler = pytest.mark.skipif(not COMPILED, reason="needs a C++ compiler")
 
-# Prints whether the kernels are there, and all bits of a convolution, a depthwise one, a BatchNorm and their gradients.
+# Prints whether the kernels are there, and all bits of every kernel, or of XLA's forms, in a loss and its gradients.
 SCRIPT = """
 import hashlib, jax, jax.numpy as jnp, numpy as np
+from jaxunlearn.models.layers import BatchNorm, Conv, conv_norm
 from jaxunlearn.ops import native
-from jaxunlearn.ops.convolution import conv2d
-from jaxunlearn.ops.normalization import batch_norm
-random = lambda *shape: jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
-def loss(x, kernel, taps, scale):
-    y, mean, var = batch_norm(conv2d(conv2d(x, kernel), taps, 1, 64), scale, scale, None, scale, True)
-    return jnp.sin(y).sum() + mean.sum() + var.sum()
-leaves = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
-bits = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(
-    leaves(random(37, 16, 16, 16), random(3, 3, 16, 64), random(3, 3, 1, 64), random(64)))]
+from jaxunlearn.ops.fused import pooled, written
+import flax.linen as nn
+class Network(nn.Module):
+    dtype: type
+    @nn.compact
+    def __call__(self, x):
+        for k, (features, size, stride, groups) in enumerate(
+            [(16, 3, 1, 1), (16, 3, 1, 1), (64, 1, 1, 1), (64, 3, 1, 64), (32, 3, 2, 1)]
+        ):
+            conv = Conv(features, size, stride, groups, self.dtype, name=f"conv{k}")
+            x = conv_norm(conv, BatchNorm(self.dtype, name=f"norm{k}"), x, True, relu=True)
+        x = written(x)
+        x = conv_norm(Conv(32, dtype=self.dtype), BatchNorm(self.dtype), x, True, relu=True, residual=x)
+        return pooled(conv_norm(Conv(8, dtype=self.dtype), BatchNorm(self.dtype), x, True)).astype(jnp.float32)
+bits = []
+for dtype in (jnp.float32, jnp.bfloat16):
+    network, x = Network(dtype), jnp.asarray(np.random.default_rng(0).normal(size=(37, 8, 8, 3)), jnp.float32)
+    draw = lambda leaf: jnp.asarray(np.random.default_rng(leaf.size).normal(size=leaf.shape), jnp.float32)
+    variables = jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0), x))
+    loss = lambda variables: jnp.sin(network.apply(variables, x, mutable=["batch_stats"])[0]).sum()
+    bits += [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(variables))]
 print(native.library() is not None, hashlib.sha256(b"".join(bits)).hexdigest())
 """
 
@@ -50,22 +61,16 @@ def start(script=SCRIPT, **environment):
     return found == "True", digest, result.stderr
 
 
-def uses_kernels(function, *arrays):
-    return "ffi_call" in str(jax.make_jaxpr(function)(*arrays))
-
-
 x, kernel = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
 
 
 @needs_compiler
-def test_kernels_serve_float32_on_one_device():
-    assert uses_kernels(conv2d, x, kernel)
-    assert not uses_kernels(conv2d, x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+def test_kernels_serve_float32_and_bfloat16_on_one_device():
+    assert convolve(x, kernel, 1, 1) is not None
+    assert convolve(x.astype(jnp.bfloat16), kernel, 1, 1).y.dtype == jnp.bfloat16
     with jax.enable_x64(True):
-        assert not uses_kernels(conv2d, x.astype(jnp.float64), kernel.astype(jnp.float64))
-        y, pull = jax.vjp(
-            lambda x: batch_norm(x, jnp.ones(16, jnp.float32), kernel[0, 0, 0], None, kernel[0, 0, 0], True), x
-        )
+        assert convolve(x.astype(jnp.float64), kernel.astype(jnp.float64), 1, 1) is None
+        y, pull = jax.vjp(lambda x: convolve(x, kernel, 1, 1), x)
         assert {leaf.dtype for leaf in jax.tree.leaves((y, pull(y)))} == {jnp.dtype(jnp.float32)}
 
 
@@ -75,24 +80,13 @@ def test_kernels_serve_float32_on_one_device():
 def test_a_batch_that_devices_share_takes_xla_which_can_divide_its_own_forms_only(seeds, data, used):
     mesh = jax.make_mesh((seeds, data), ("seed", "data"), (AxisType.Auto,) * 2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        assert uses_kernels(conv2d, x, kernel) == used
-
-
-@needs_compiler
-def test_nan_stays_nan():
-    bad = x.at[1, 4, 4, 3].set(jnp.nan)
-    y = conv2d(bad, kernel)
-    assert jnp.isnan(y[1, 3:6, 3:6]).all() and jnp.isfinite(y[0]).all()
-    y, mean, var = batch_norm(bad, jnp.ones(16), jnp.zeros(16), None, jnp.zeros(16), True)
-    channel = np.arange(16) == 3
-    for values in (y, mean, var):
-        np.testing.assert_array_equal(jnp.isnan(values).all(tuple(range(values.ndim - 1))), channel)
+        assert (convolve(x, kernel, 1, 1) is not None) == used
 
 
 @needs_compiler
 def test_denormals_are_flushed_as_xla_flushes_them():
     tiny = 1e-20
-    assert jnp.max(conv2d(tiny * x, tiny * kernel)) == jnp.max(jax.jit(jnp.multiply)(tiny * x, tiny)) == 0
+    assert jnp.max(convolve(tiny * x, tiny * kernel, 1, 1).y) == jnp.max(jax.jit(jnp.multiply)(tiny * x, tiny)) == 0
 
 
 @needs_compiler

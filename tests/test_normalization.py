@@ -30,7 +30,7 @@ def test_batch_norm_keeps_pytorch_statistics():
     np.testing.assert_allclose(norm.apply(after, x, train=False).reshape(-1, 6), expected, rtol=0, atol=1e-5)
 
 
-def test_batch_variance_does_not_cancel(form):
+def test_batch_variance_does_not_cancel():
     x = 1000 + random(64, 4, 4, 3)
     _, mean, var = batch_norm(x, jnp.ones(3), jnp.zeros(3), None, jnp.zeros(3), False)
     flat = np.asarray(x, np.float64).reshape(-1, 3)
@@ -58,7 +58,7 @@ def test_the_batchs_sums_are_one_pass_off_the_cpu(monkeypatch):
         """How many sums of the images depend on a sum of them."""
         x = jax.ShapeDtypeStruct((8, 4, 4, 3), jnp.float32)
         channel = jnp.zeros(3)
-        program = jax.make_jaxpr(lambda x: normalization._xla_forward(x, channel, channel, None, near, relu=False))(x)
+        program = jax.make_jaxpr(lambda x: normalization._forward(x, channel, channel, None, near, relu=False))(x)
         late, count = set(), 0
         for equation in program.eqns:
             after = any(v in late for v in equation.invars if not isinstance(v, Literal))

@@ -1,6 +1,6 @@
 """2-d convolution and its two gradients, each in the form that is fastest for its shape and platform.
 
-The choice is made in `_forward`, `_input_gradient` and `_kernel_gradient` below and nowhere else. GPU and TPU always
+The choice is made in `_forward`, `input_gradient` and `_kernel_gradient` below and nowhere else. GPU and TPU always
 take `lax.conv_general_dilated`; several seeds there are `blocks`. The milliseconds in the comments are of one core
 (AVX-512) where they do not say two, batch 128, float32.
 """
@@ -44,7 +44,7 @@ def _conv2d_fwd(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Arra
 def _conv2d_bwd(stride: int, groups: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     of: dict[str, Any] = {"stride": stride, "groups": groups}
     arrays = (*saved, g)
-    dx = seedwise(partial(_input_gradient, **of), *arrays, together=partial(blocks.input_gradient, **of))
+    dx = seedwise(partial(input_gradient, **of), *arrays, together=partial(blocks.input_gradient, **of))
     dkernel = seedwise(partial(_kernel_gradient, **of), *arrays, together=partial(blocks.kernel_gradient, **of))
     return dx, dkernel
 
@@ -70,7 +70,8 @@ def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
     return lax_conv(x, kernel, stride, groups)
 
 
-def _input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
+def input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
+    """Of `conv2d`, from the gradient `g` of its result."""
     if on_cpu():
         if groups > 1:
             return depthwise.input_gradient(g, kernel, x.shape[1:3], stride)

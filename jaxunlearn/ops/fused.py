@@ -15,7 +15,8 @@ from jax import Array
 
 from jaxunlearn.ops import native
 from jaxunlearn.ops.batching import seedwise
-from jaxunlearn.ops.convolution import conv2d
+from jaxunlearn.ops.blocks import lax_conv
+from jaxunlearn.ops.convolution import input_gradient
 from jaxunlearn.ops.finishing import finish, finish_pool
 from jaxunlearn.ops.pooling import max_pool
 
@@ -68,8 +69,8 @@ def convolve(image: Image, kernel: Array, stride: int, groups: int) -> Convolved
         reading = POSITIVE if relu else NORMALISED
     else:
         x, reading = image, PLAIN
-        parameters = [jnp.zeros(x.shape[-1], kernel.dtype)] * 3
-    kind = _kind(x, kernel, stride, groups)
+        parameters = [jnp.zeros(x.shape[-1], jnp.float32)] * 3
+    kind = _kind(x, kernel, stride, groups, reading)
     if kind is None or not native.takes(x, kernel, *parameters):
         return None
     # A network's images, of three channels: too few for a product in bfloat16.
@@ -82,12 +83,12 @@ def _few(x: Array) -> bool:
     return x.shape[-1] % 8 != 0
 
 
-def _kind(x: Array, kernel: Array, stride: int, groups: int) -> str | None:
+def _kind(x: Array, kernel: Array, stride: int, groups: int, reading: int) -> str | None:
     """Whose kernels are fastest: the name of a file of `kernels`."""
     size, _, channels, features = kernel.shape
     if groups > 1:
         return "depthwise"
-    if features % 8 or (_few(x) and size == 1):
+    if features % 8 or (_few(x) and (reading != PLAIN or size == 1)):
         return None
     if size == 1:
         return "pointwise"
@@ -121,7 +122,7 @@ _convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _forward(*arrays: Array, stride: int, groups: int, reading: int, kind: str) -> tuple[Array, Array, Array]:
-    like = partial(_xla_forward, stride=stride, groups=groups, reading=reading)
+    like = partial(_plain_forward, stride=stride, groups=groups, reading=reading)
     return native.call(
         _name(kind, "forward", arrays[0]), *arrays, like=like, shape=(groups,), **_options(stride, reading)
     )
@@ -130,17 +131,19 @@ def _forward(*arrays: Array, stride: int, groups: int, reading: int, kind: str) 
 def _backward(*arrays: Array, stride: int, groups: int, reading: int, kind: str) -> tuple[Array, ...]:
     def like(*arrays: Array) -> tuple[Array, ...]:
         *primals, _, _, gy, gmean, gvar = arrays
-        forward = partial(_xla_forward, stride=stride, groups=groups, reading=reading)
+        forward = partial(_plain_forward, stride=stride, groups=groups, reading=reading)
         gx, _, gfactor, gbias, gkernel = jax.vjp(forward, *primals)[1]((gy, gmean, gvar))
         return gx, gfactor, gbias, gkernel
 
     options: dict[str, Any] = {"shape": (groups,)} | _options(stride, reading)
-    if kind == "convolution" and _few(arrays[0]):
+    x, _, factor, _, kernel, y, ymean, gy, gmean, gvar = arrays
+    if kind == "convolution" and _few(x):
         # A network's images: their gradient is apart, for XLA to leave out where nobody asks for it.
-        gx, gfactor, gbias, _ = like(*arrays)
-        gkernel = native.call("convolution_kernel_gradient", *arrays, like=lambda *a: like(*a)[3], **options)
-        return gx, gfactor, gbias, gkernel
-    return native.call(_name(kind, "backward", arrays[0]), *arrays, like=like, **options)
+        count = y.size // y.shape[-1]
+        gx = input_gradient(x, kernel, gy + (gmean + 2 * gvar * (y - ymean)) / count, stride, groups)
+        gkernel = native.call("convolution_kernel_gradient", *arrays, like=lambda *arrays: like(*arrays)[3], **options)
+        return gx, jnp.zeros_like(factor), jnp.zeros_like(factor), gkernel
+    return native.call(_name(kind, "backward", x), *arrays, like=like, **options)
 
 
 def _name(kind: str, way: str, x: Array) -> str:
@@ -151,11 +154,14 @@ def _options(stride: int, reading: int) -> dict[str, Any]:
     return {"stride": np.int64(stride), "reading": np.int64(reading)}
 
 
-def _xla_forward(
+def _plain_forward(
     x: Array, mean: Array, factor: Array, bias: Array, kernel: Array, *, stride: int, groups: int, reading: int
 ) -> tuple[Array, Array, Array]:
-    image = written(Normalised(x, mean, factor, bias, reading == POSITIVE)) if reading else x
-    y = conv2d(image, kernel.astype(x.dtype), stride, groups)
-    y32 = y.astype(kernel.dtype)
-    mean = y32.mean((0, 1, 2))
-    return y, mean, jnp.square(y32 - mean).mean((0, 1, 2))
+    """Without derivative rules of its own, since derivatives of the gradients are taken of it."""
+    if reading:
+        z = (x.astype(factor.dtype) - mean) * factor + bias
+        x = (jax.nn.relu(z) if reading == POSITIVE else z).astype(x.dtype)
+    y = lax_conv(x, kernel.astype(x.dtype), stride, groups)
+    wide = y.astype(kernel.dtype)
+    mean = wide.mean((0, 1, 2))
+    return y, mean, jnp.square(wide - mean).mean((0, 1, 2))

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from jaxunlearn.ops.batching import on_cpu
 
 SOURCES = Path(__file__).parent / "kernels"
 # Contracted to fused multiply-adds, but without -ffast-math: a NaN must stay one for a diverged seed to be seen.
-OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-w")
+OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-w")
 _PAIRS = ("convolution", "pointwise", "depthwise", "finish", "finish_pool")  # in float32 and in bfloat16
 KERNELS = (
     *(f"{kind}_{way}{dtype}" for kind in _PAIRS for way in ("forward", "backward") for dtype in ("", "_bf16")),
@@ -143,6 +144,8 @@ def _compile_and_load(compilers: Sequence[Sequence[str]], sources: Sequence[Path
     remedy = f"choose another {'--cache-dir' if _cache_dir else 'XDG_CACHE_HOME'}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.so"
+        if sys.stderr.isatty():
+            print("compiling the CPU kernels, once", file=sys.stderr)
         _compile(compilers, sources, out)
         try:
             write_atomically(path, out.read_bytes())
@@ -162,10 +165,8 @@ def _compile(compilers: Sequence[Sequence[str]], sources: Sequence[Path], out: P
     """Makes `out` with the first compiler that can. Raises OSError, whose text says why, where none can."""
     failures = []
     for compiler in compilers:
-        command = [*compiler, *OPTIONS, "-I", jax.ffi.include_dir(), *map(str, sources), "-o", str(out)]
-        english = os.environ | {"LC_ALL": "C"}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=english)
+            done = _build(compiler, sources, out)
         except OSError as error:
             failures.append(f"{compiler[0]}: {error.strerror}")
             continue
@@ -178,6 +179,23 @@ def _compile(compilers: Sequence[Sequence[str]], sources: Sequence[Path], out: P
         failures.append(f"{compiler[0]}: {_complaint(done.stderr)}")
     reasons = "; ".join(failures) or "none found"
     raise OSError(f"the CPU kernels need a C++20 compiler, such as g++ ({reasons})")
+
+
+def _build(compiler: Sequence[str], sources: Sequence[Path], out: Path) -> subprocess.CompletedProcess[str]:
+    """Compiles all sources at once and links them; returns the first step that failed, or the last."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [*compiler, *OPTIONS, *map(str, arguments)]
+        english = os.environ | {"LC_ALL": "C"}
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", env=english)
+
+    # Two cores: 17 s, 34 by one command.
+    objects = [out.with_name(f"{source.stem}.o") for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(
+            pool.map(lambda *of: run("-I", jax.ffi.include_dir(), "-c", of[0], "-o", of[1]), sources, objects)
+        )
+    return next((done for done in compiled if done.returncode), None) or run("-shared", *objects, "-o", out)
 
 
 def _complaint(said: str) -> str:
