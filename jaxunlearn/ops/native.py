@@ -184,8 +184,12 @@ def _compile(compilers: Sequence[Sequence[str]], sources: Sequence[Path], out: P
 def _build(compiler: Sequence[str], sources: Sequence[Path], out: Path) -> subprocess.CompletedProcess[str]:
     """Compiles all sources at once and links them; returns the first step that failed, or the last."""
 
+    # Another processor than this one's may be asked for: CXX="g++ -march=x86-64-v3".
+    chosen = any(word.startswith("-march=") for word in compiler)
+    options = [option for option in OPTIONS if not (chosen and option.startswith("-march="))]
+
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [*compiler, *OPTIONS, *map(str, arguments)]
+        command = [*compiler, *options, *map(str, arguments)]
         english = os.environ | {"LC_ALL": "C"}
         return subprocess.run(command, capture_output=True, text=True, errors="replace", env=english)
 

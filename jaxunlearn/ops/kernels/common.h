@@ -75,14 +75,22 @@ inline void ParallelFor(ffi::ThreadPool& pool, int count, std::function<void(int
 
 constexpr int kGroups = 16;  // of images: each adds up a gradient of its own
 
-// part(group, gradient) for every group; `gradient`, of `size` floats, zero at first. Their sum goes to `out`.
+// part(group, gradient) for every group; `gradient`, of `size` floats, zero at first. Their sum goes to `out`; of 150,000
+// floats and more, sum and zeros would cost one thread a twentieth of the time of all.
 inline void SumOfGroups(ffi::ThreadPool& pool, size_t size, float* out, std::function<void(int, float*)> part) {
-  std::vector<float> gradients(kGroups * size);
-  float* all = gradients.data();
-  ParallelFor(pool, kGroups, [=](int group) { part(group, all + group * size); });
-  std::fill_n(out, size, 0.f);
-  for (int group = 0; group < kGroups; group++)
-    for (size_t i = 0; i < size; i++) out[i] += all[group * size + i];
+  std::unique_ptr<float[]> gradients(new float[kGroups * size]);
+  float* all = gradients.get();
+  ParallelFor(pool, kGroups, [=](int group) {
+    std::fill_n(all + group * size, size, 0.f);
+    part(group, all + group * size);
+  });
+  size_t slice = std::max<size_t>(1 << 12, (size + kGroups - 1) / kGroups);
+  ParallelFor(pool, (size + slice - 1) / slice, [=](int i) {
+    size_t begin = i * slice, end = std::min(size, begin + slice);
+    std::fill(out + begin, out + end, 0.f);
+    for (int group = 0; group < kGroups; group++)
+      for (size_t i = begin; i < end; i++) out[i] += all[group * size + i];
+  });
 }
 
 #define THREADED ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()

@@ -1,6 +1,6 @@
 // Convolution of bfloat16 that reads a normalised image and leaves the sums of the next BatchNorm, and its gradients.
 //
-// Any shape is right, of odd kernels; fast are channels and features that are multiples of 16, and batches of 8.
+// Any shape is right, of odd kernels; fast are channels and features that are multiples of 16, and batches of eights.
 
 #include <cmath>
 
@@ -29,8 +29,8 @@ struct Reading {
   }
 };
 
-// Stores sums, rounded, and merges their mean and squared deviations from it into those of `before` pixels (Chan, Golub &
-// LeVeque).
+// Stores sums, rounded, and merges their mean and squared deviations from it into those of `before` pixels (Chan, Golub
+// & LeVeque).
 template <bool kWhole, int N>
 void StoreAndAdd(Sums<N> sums, Images s, int images, int n, BFloat16* y, float* mean, int& before) {
   float* squares = mean + 16 * s.panels();
@@ -44,11 +44,14 @@ void StoreAndAdd(Sums<N> sums, Images s, int images, int n, BFloat16* y, float* 
     total[b % 4] += v;
   });
   Vec16 own = (total[0] + total[1] + (total[2] + total[3])) / (float)pixels;
-  sums.template Visit<kWhole>(s, images, n, [&apart, own](Vec16 v, int b, size_t) { apart[b % 4] += (v - own) * (v - own); });
+  sums.template Visit<kWhole>(s, images, n, [&apart, own](Vec16 v, int b, size_t) {
+    apart[b % 4] += (v - own) * (v - own);
+  });
   Vec16 change = own - Load16(mean);
   float share = (float)pixels / (pixels + before);
   Store16(mean, Load16(mean) + change * share);
-  Store16(squares, Load16(squares) + (apart[0] + apart[1] + (apart[2] + apart[3])) + change * change * (share * before));
+  Vec16 within = apart[0] + apart[1] + (apart[2] + apart[3]);
+  Store16(squares, Load16(squares) + within + change * change * (share * before));
   before += pixels;
 }
 
@@ -72,7 +75,8 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Half x
     Eight* z = Scratch<1, Eight>(s.in.block(s.pad()));
     const BFloat16* from = images + (size_t)block * kImages * s.in.image();
     BFloat16* to = results + (size_t)block * kImages * s.out.image();
-    Arrange(s.in, count, s.pad(), z, nullptr, [&](size_t i, int c, int lanes) { return read(LoadFew(from + i, lanes), c); });
+    Arrange(s.in, count, s.pad(), z, nullptr,
+            [&](size_t i, int c, int lanes) { return read(LoadFew(from + i, lanes), c); });
     std::vector<int> before(s.out.panels());
     pass.Run(z, packed, [&]<int N>(const Sums<N>& sums) {
       for (int n = 0; n < N; n++) {
@@ -106,13 +110,14 @@ void StoreInputGradient(Sums<N> gz, Images s, int images, int n, int reading, co
   Vec16 factor = Load16(&read.factor[c]), mean = Load16(&read.mean[c]), bias = Load16(&read.bias[c]);
   Vec16 factors[2] = {}, biases[2] = {};
   auto visit = [&](auto mask) {
-    gz.template Visit<kWhole>(s, images, n, [&factors, &biases, mask, x, gx, lanes, mean, factor](Vec16 v, int b, size_t at) {
+    auto store = [&factors, &biases, mask, x, gx, lanes, mean, factor](Vec16 v, int b, size_t at) {
       Vec16 apart = LoadFew(x + at, lanes) - mean;
       v = mask(v, apart);
       biases[b % 2] += v;
       factors[b % 2] += v * apart;
       StoreFew(gx + at, v * factor, lanes);
-    });
+    };
+    gz.template Visit<kWhole>(s, images, n, store);
   };
   if (reading == 2) visit([factor, bias](Vec16 v, Vec16 apart) { return apart * factor + bias > 0 ? v : Vec16{}; });
   else visit([](Vec16 v, Vec16) { return v; });

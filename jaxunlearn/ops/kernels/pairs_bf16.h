@@ -1,8 +1,8 @@
 // Pairs of bfloat16, and blocks of eight images in a thread's scratch that are made of them.
 //
-// Eight images lie side by side, pixel by pixel. Products of pairs (vdpbf16ps) are over pairs of channels: [row, column,
-// pair of channels, image]; but for a kernel's gradient, a sum over pixels, over pairs of images: [panel of 16 channels,
-// row, column, pair of images, channel].
+// Eight images lie side by side, pixel by pixel. Products of pairs (vdpbf16ps) take pairs of channels, laid out as
+// [row, column, pair, image]; for a kernel's gradient, a sum over pixels, pairs of images, laid out as [panel of 16
+// channels, row, column, pair, channel].
 
 #pragma once
 
@@ -75,8 +75,9 @@ struct Images {
   int pairs() const { return (channels + 1) / 2; }
   int panels() const { return (channels + 15) / 16; }
   size_t image() const { return (size_t)height * width * channels; }
-  size_t panel(int pad) const { return (size_t)height * (width + 2 * pad) * kImages / 2; }  // 16 channels in pairs of images
+  // Of a block, padded on the left and right: pairs of channels, and for 16 channels, pairs of images.
   size_t block(int pad) const { return (size_t)height * (width + 2 * pad) * pairs(); }
+  size_t panel(int pad) const { return (size_t)height * (width + 2 * pad) * kImages / 2; }
 };
 
 // Eight pairs of channels of eight images, from [image][pair] to [pair][image].
@@ -94,8 +95,8 @@ inline void Transpose(Eight (&v)[8]) {
   }
 }
 
-// Lays out a block of images with `pad` columns of zeros on both sides: `plain` [row, column, pair of channels, image] and
-// `paired` [panel, row, column, pair of images, channel]; either may be null. value(offset, channel): sixteen numbers.
+// Lays out a block of images with `pad` columns of zeros on both sides, `plain` by pairs of channels and `paired` by
+// pairs of images; either may be null. value(offset, channel, count): the numbers of up to sixteen channels.
 template <class V>
 void Arrange(const Images& s, int images, int pad, Eight* plain, Bits16* paired, V value) {
   size_t margin = pad * s.pairs();
@@ -107,7 +108,8 @@ void Arrange(const Images& s, int images, int pad, Eight* plain, Bits16* paired,
         Half16 halves[kImages];
 #pragma GCC unroll 8
         for (int b = 0; b < kImages; b++)
-          halves[b] = kWhole || b < images ? Rounded(value(b * s.image() + pixel * s.channels + c, c, count)) : Half16{};
+          if (kWhole || b < images) halves[b] = Rounded(value(b * s.image() + pixel * s.channels + c, c, count));
+          else halves[b] = Half16{};
         if (paired)
 #pragma GCC unroll 4
           for (int b = 0; b < kImages / 2; b++)

@@ -1,5 +1,5 @@
-// Convolution of a block of eight images. A tile is a pixel of all eight times two vectors of features, so images of any
-// width fill it, and taps outside are left out instead of multiplied by zeros.
+// Convolution of a block of eight images. A tile is a pixel of all eight times two vectors of features, so images of
+// any width fill it, and taps outside are left out instead of multiplied by zeros.
 
 #pragma once
 
@@ -10,7 +10,8 @@ namespace {
 constexpr int kStrip = 8;         // tiles whose sums stay in the first cache together
 constexpr int kChunk = 16 << 10;  // bytes of a kernel that do beside them
 
-// A kernel that makes `panels` times sixteen numbers of `pairs` of them, as [two panels or the last one][tap][pair][panel].
+// A kernel that makes `panels` times sixteen numbers of `pairs`, laid out as [two panels or the last one][tap][pair]
+// [panel].
 struct Packed {
   int taps, pairs, panels;
 
@@ -62,7 +63,7 @@ struct Steps {
   int count;
 };
 
-// Pixels `at` and `at + apart` of the output (or the first alone) and the taps that meet a pixel of the input for either.
+// A pixel of the output, or two, `at` the first, and the taps that meet a pixel of the input for either.
 struct Place {
   int at, count;
   std::vector<Step> steps;
@@ -75,8 +76,8 @@ struct Place {
   }
 };
 
-// Where a line of `length` pixels of output reads a line of `extent` pixels of input, `distance` apart in scratch. Spread:
-// the input's pixels stand `stride` apart among the output's, as in the gradient for the input.
+// Where a line of `length` pixels of output reads a line of `extent` pixels of input, `distance` apart in scratch.
+// Spread: the input's pixels stand `stride` apart among the output's, as in the gradient for the input.
 std::vector<Place> Places(int length, int extent, int size, int stride, bool spread, int together, size_t distance) {
   std::vector<Place> places;
   int apart = spread ? stride : 1;
@@ -188,7 +189,7 @@ struct Pass {
     }
   }
 
-  // Q pixels of eight images times N vectors of features, over some rows and columns of the kernel and pairs of channels.
+  // Q pixels of eight images times N vectors of features, over some rows and columns of the kernel and some pairs.
   template <int Q, int N>
   void Tile(Steps down, Steps along, int pair, int pairs, const Eight* z, const Bits16* kernel, bool first,
             Vec16* sums) const {

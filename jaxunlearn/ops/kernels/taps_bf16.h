@@ -28,8 +28,8 @@ struct Span {
   int count;
 };
 
-// Gradients of M channels' taps for N vectors of features, or of N taps for one, that lie `apart` in g and `out_apart` in
-// the gradient.
+// Gradients of M channels' taps for N vectors of features, or of N taps for one, that lie `apart` in g and `out_apart`
+// in the gradient.
 template <int M, int N>
 inline void AddTaps(const std::vector<Span>& spans, int stride, const Bits16* x, int channel, const Bits16* g,
                     int64_t apart, float* gradient, size_t out_apart, int channels, int features, int lanes) {
