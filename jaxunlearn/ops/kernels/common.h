@@ -75,8 +75,8 @@ inline void ParallelFor(ffi::ThreadPool& pool, int count, std::function<void(int
 
 constexpr int kGroups = 16;  // of images: each adds up a gradient of its own
 
-// part(group, gradient) for every group; `gradient`, of `size` floats, zero at first. Their sum goes to `out`; of 150,000
-// floats and more, sum and zeros would cost one thread a twentieth of the time of all.
+// part(group, gradient) for every group; `gradient`, of `size` floats, zero at first. Their sum goes to `out`. Zeroed
+// and summed by all threads: 64 to 64 channels of 8x8 in bfloat16, backward, 1.27 ms; by one thread 1.41.
 inline void SumOfGroups(ffi::ThreadPool& pool, size_t size, float* out, std::function<void(int, float*)> part) {
   std::unique_ptr<float[]> gradients(new float[kGroups * size]);
   float* all = gradients.get();
