@@ -7,6 +7,7 @@ import pytest
 from test_layers import assert_close, lax_conv, random
 
 from jaxunlearn.ops import native
+from jaxunlearn.ops.convolution import conv2d
 from jaxunlearn.ops.fused import Normalised, convolve, written
 
 pytestmark = [
@@ -88,6 +89,21 @@ def test_bfloat16_images_are_rounded_float32(shape):
     ours = jax.tree.map(lambda a: a.astype(jnp.float32), (values, gradients))
     # An element of a product of n terms is off by sqrt(n) roundings of one, of 2^-9 each, and is sqrt(n) of one.
     assert_close(ours, values_and_gradients(plain, *wide, **of), 4 * 2.0**-9)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((3, 3, 8, 16), 2), ((1, 1, 8, 16), 2), ((3, 3, 1, 32), 16), ((2, 2, 1, 16), 16), ((2, 2, 16, 16), 1)],
+)
+def test_kernels_of_several_groups_or_even_size_are_left_to_xla(shape, groups):
+    x, kernel = random(2, 5, 4, 16), random(*shape, seed=1)
+    assert convolve(x, kernel, 1, groups) is None
+
+    def gradients(conv):
+        return jax.jit(jax.grad(lambda *a: jnp.sin(conv(*a, 2, groups)).sum(), (0, 1)))(x, kernel)
+
+    assert_close(gradients(conv2d), gradients(lax_conv))
 
 
 def test_hessian_vector_product():

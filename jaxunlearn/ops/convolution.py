@@ -26,12 +26,13 @@ def conv2d(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
 
     Args:
       x: [batch, height, width, channels].
-      kernel: [k, k, channels / groups, features], k odd.
+      kernel: [k, k, channels / groups, features].
       stride: same in both directions.
-      groups: 1, or `channels` for a depthwise convolution.
+      groups: 1, `channels` for a depthwise convolution, or any that divides channels and features.
 
     Returns:
-      [batch, ceil(height / stride), ceil(width / stride), features], in the dtype of `x`.
+      [batch, ceil(height / stride), ceil(width / stride), features], in the dtype of `x`. With an even k images grow by
+      a pixel before they are strided, as PyTorch's do.
     """
     return _conv2d_fwd(x, kernel, stride, groups)[0]
 
@@ -52,8 +53,14 @@ def _conv2d_bwd(stride: int, groups: int, saved: tuple[Array, Array], g: Array) 
 conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
 
 
+def has_own_forms(kernel: Array, groups: int) -> bool:
+    """Whether anything but XLA's form is made for such a kernel: an odd one, of one group or depthwise."""
+    size, _, channels, features = kernel.shape
+    return size % 2 == 1 and (groups == 1 or (channels == 1 and features == groups))
+
+
 def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
-    if on_cpu():
+    if on_cpu() and has_own_forms(kernel, groups):
         if groups > 1:
             return depthwise.forward(x, kernel, stride)
         if kernel.shape[0] == 1:
@@ -72,7 +79,7 @@ def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
 
 def input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     """Of `conv2d`, from the gradient `g` of its result."""
-    if on_cpu():
+    if on_cpu() and has_own_forms(kernel, groups):
         if groups > 1:
             return depthwise.input_gradient(g, kernel, x.shape[1:3], stride)
         if _is_wide(kernel, stride):
@@ -84,7 +91,7 @@ def input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) 
 
 def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     size = kernel.shape[0]
-    if on_cpu():
+    if on_cpu() and has_own_forms(kernel, groups):
         if groups > 1:
             return depthwise.kernel_gradient(x, g, size, stride)
         if size == 1:

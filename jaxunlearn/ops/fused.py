@@ -16,7 +16,7 @@ from jax import Array
 from jaxunlearn.ops import native
 from jaxunlearn.ops.batching import seedwise
 from jaxunlearn.ops.blocks import lax_conv
-from jaxunlearn.ops.convolution import input_gradient
+from jaxunlearn.ops.convolution import has_own_forms, input_gradient
 from jaxunlearn.ops.finishing import finish, finish_pool
 from jaxunlearn.ops.pooling import max_pool
 
@@ -84,8 +84,10 @@ def _few(x: Array) -> bool:
 
 
 def _kind(x: Array, kernel: Array, stride: int, groups: int, reading: int) -> str | None:
-    """Whose kernels are fastest: the name of a file of `kernels`."""
+    """Whose kernels are fastest: the name of a file of `kernels`; None where none takes the shape."""
     size, _, channels, features = kernel.shape
+    if not has_own_forms(kernel, groups):
+        return None
     if groups > 1:
         return "depthwise"
     if features % 8 or (_few(x) and (reading != PLAIN or size == 1)):
