@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from test_layers import assert_close, lax_conv, random
 
+from jaxunlearn.models.layers import BatchNorm, Conv
 from jaxunlearn.ops import native
 from jaxunlearn.ops.convolution import conv2d
-from jaxunlearn.ops.fused import Normalised, convolve, written
+from jaxunlearn.ops.fused import Convolved, Normalised, convolve, written
 
 pytestmark = [
     pytest.mark.cpu,
@@ -118,6 +119,20 @@ def test_hessian_vector_product():
         return jax.jit(lambda kernel: jax.jvp(jax.grad(loss), (kernel,), (jnp.ones_like(kernel),))[1])(kernel)
 
     assert_close(product(fused), product(plain), 1e-4)
+
+
+@pytest.mark.parametrize("features", [16, 12])  # by a kernel, by XLA
+def test_each_layer_computes_in_its_own_dtype(features):
+    variables = {
+        "params": {"kernel": jnp.ones((3, 3, 16, features)), "scale": jnp.ones(features), "bias": jnp.ones(features)},
+        "batch_stats": {"mean": jnp.zeros(features), "var": jnp.ones(features)},
+    }
+    image = Normalised(jnp.ones((2, 3, 3, 16), jnp.bfloat16), jnp.zeros(16), jnp.ones(16), jnp.ones(16), relu=True)
+    for conv, norm in ((jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)):
+        y = Conv(features, dtype=conv).apply(variables, image, moments=True)
+        assert (y.y if isinstance(y, Convolved) else y).dtype == conv
+        z = BatchNorm(norm).apply(variables, y, False, write=False)
+        assert written(z).dtype == norm
 
 
 def test_padding_is_none_of_the_normalised_image():

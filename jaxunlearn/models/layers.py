@@ -24,7 +24,7 @@ def parameter_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 class Conv(nn.Module):
-    """Bias-free convolution: [B, H, W, channels] -> [B, ceil(H / stride), ceil(W / stride), features].
+    """Bias-free convolution: [B, H, W, channels] -> [B, ceil(H / stride), ceil(W / stride), features], as `conv2d`.
 
     With `moments` the result is `Convolved` where a compiled kernel makes it.
     """
@@ -37,8 +37,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, image: Image, moments: bool = False) -> Array | Convolved:
-        if not isinstance(image, Normalised):
-            image = image.astype(self.dtype)
+        if not isinstance(image, Normalised) or image.x.dtype != self.dtype:
+            image = written(image).astype(self.dtype)
         shape = (self.kernel_size, self.kernel_size, image.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", SHAPE_ONLY, shape, parameter_dtype(self.dtype))
         convolved = convolve(image, kernel, self.stride, self.groups)
@@ -83,7 +83,8 @@ class BatchNorm(nn.Module):
         write: bool = True,
     ) -> Image:
         held = parameter_dtype(self.dtype)
-        array, *moments = x if isinstance(x, Convolved) else (x.astype(self.dtype),)
+        array, *moments = x if isinstance(x, Convolved) else (x,)
+        array = array.astype(self.dtype)
         shape = (array.shape[-1],)
         scale = self.param("scale", nn.initializers.ones_init(), shape, held)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, held)
