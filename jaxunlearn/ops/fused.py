@@ -49,7 +49,7 @@ class Normalised(NamedTuple):
 
 Image = Array | Normalised
 
-PLAIN, NORMALISED, POSITIVE = range(3)  # how an image is read: `Reading::Kind` of kernels/images.h
+PLAIN, NORMALISED, POSITIVE = range(3)  # how an image is read: `Reading` of kernels/images.h
 
 
 def written(image: Image, residual: Array | None = None) -> Array:
