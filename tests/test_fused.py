@@ -175,3 +175,11 @@ def test_what_is_read_is_what_is_written_out():
     image = Normalised(x, *parameters, relu=True)
     y = convolve(image, jnp.eye(16)[None, None], 1, 1).y
     np.testing.assert_allclose(y, written(image), rtol=1e-6, atol=1e-7)
+
+
+def test_a_normalised_image_passes_through_jit_and_checkpoint():
+    (x, *parameters, _), _ = arguments(2, 4, 4, 16, 16, 3, 1, 1)
+    image = Normalised(x, *parameters, relu=True)
+    again = jax.jit(jax.checkpoint(lambda image: image))(image)
+    np.testing.assert_array_equal(written(again), written(image))
+    np.testing.assert_array_equal(jax.jit(written)(image), written(image))

@@ -130,7 +130,7 @@ finish_pool.defvjp(_finish_pool_fwd, _finish_pool_bwd)
 
 def _pool_forward(*arrays: Array, relu: bool) -> Array:
     def xla_form(x: Array, mean: Array, factor: Array, bias: Array) -> Array:
-        y = pooling._forward(_normalised(x, mean, factor, bias))
+        y = pooling.forward(_normalised(x, mean, factor, bias))
         return (jnp.maximum(y, 0) if relu else y).astype(x.dtype)
 
     x, *parameters = arrays
@@ -147,8 +147,8 @@ def _pool_backward(*arrays: Array, relu: bool) -> tuple[Array, Array, Array]:
         z = outlined(_normalised, x, mean, factor, bias)
         g = gy.astype(factor.dtype)
         if relu:
-            g = jnp.where(pooling._forward(z) > 0, g, 0)
-        return _through_normalisation(x, mean, factor, pooling._backward(z, g))
+            g = jnp.where(pooling.forward(z) > 0, g, 0)
+        return _through_normalisation(x, mean, factor, pooling.backward(z, g))
 
     x, *parameters, gy = arrays
     if min(x.shape[1:3]) < 2 or not _usable(tuple(parameters), x, gy):

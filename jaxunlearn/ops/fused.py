@@ -5,6 +5,7 @@ a training step; here the image stays as the convolution before has written it, 
 and the compiled kernels apply that in the cache, in the gradient too. What has no such kernel takes images written out.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,8 +34,13 @@ class Convolved(NamedTuple):
         return self.y.shape
 
 
-class Normalised(NamedTuple):
-    """Stands for (x - mean) * factor + bias, or max(., 0) of that if `relu`."""
+@partial(jax.tree_util.register_dataclass, data_fields=("x", "mean", "factor", "bias"), meta_fields=("relu",))
+@dataclass(frozen=True)
+class Normalised:
+    """Stands for (x - mean) * factor + bias, or max(., 0) of that if `relu`.
+
+    Under `jit`, `checkpoint` and the like `relu` stays what it is.
+    """
 
     x: Array  # [B, H, W, C]
     mean: Array  # f32[C]
@@ -43,30 +49,34 @@ class Normalised(NamedTuple):
     relu: bool
 
     @property
+    def arrays(self) -> tuple[Array, Array, Array, Array]:
+        return self.x, self.mean, self.factor, self.bias
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.x.shape
 
 
 Image = Array | Normalised
 
-PLAIN, NORMALISED, POSITIVE = range(3)  # how an image is read: `Reading::Kind` of kernels/images.h
+PLAIN, NORMALISED, POSITIVE = range(3)  # how an image is read: `Reading` of kernels/images.h
 
 
 def written(image: Image, residual: Array | None = None) -> Array:
     """The array that `image` stands for; with a `residual`, which is added before ReLU."""
-    return finish(*image[:-1], residual, image.relu) if isinstance(image, Normalised) else image
+    return finish(*image.arrays, residual, image.relu) if isinstance(image, Normalised) else image
 
 
 def pooled(image: Image) -> Array:
     """`max_pool` of what `image` stands for."""
-    return finish_pool(*image) if isinstance(image, Normalised) else max_pool(image)
+    return finish_pool(*image.arrays, image.relu) if isinstance(image, Normalised) else max_pool(image)
 
 
 def convolve(image: Image, kernel: Array, stride: int, groups: int) -> Convolved | None:
     """`conv2d` of what `image` stands for, and the result's moments; None where no compiled kernel takes it."""
     if isinstance(image, Normalised):
-        x, *parameters, relu = image
-        reading = POSITIVE if relu else NORMALISED
+        x, *parameters = image.arrays
+        reading = POSITIVE if image.relu else NORMALISED
     else:
         x, reading = image, PLAIN
         parameters = [jnp.zeros(x.shape[-1], jnp.float32)] * 3

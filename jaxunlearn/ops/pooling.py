@@ -18,11 +18,11 @@ def max_pool(x: Array) -> Array:
 
 def _max_pool_fwd(x: Array) -> tuple[Array, Array]:
     # Outlined: the next convolution's kernel gradient would take the maxima again, in its own order of memory.
-    return seedwise(lambda x: outlined(_forward, x), x), x
+    return seedwise(lambda x: outlined(forward, x), x), x
 
 
 def _max_pool_bwd(x: Array, g: Array) -> tuple[Array]:
-    return (seedwise(lambda x, g: outlined(_backward, x, g), x, g),)
+    return (seedwise(lambda x, g: outlined(backward, x, g), x, g),)
 
 
 max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
@@ -34,14 +34,16 @@ def _corners(x: Array) -> list[Array]:
     return [x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
 
 
-def _forward(x: Array) -> Array:
+def forward(x: Array) -> Array:
+    """`max_pool`, as XLA computes it."""
     a, b, c, d = _corners(x)
     return lax.max(lax.max(a, b), lax.max(c, d))
 
 
-def _backward(x: Array, g: Array) -> Array:
+def backward(x: Array, g: Array) -> Array:
+    """The gradient with respect to `x` of `forward`, whose result's is `g`: the first of equals takes it."""
     # 128 images of 32x32x64: 8 ms; XLA's gradient of a reduction 16, of reduce_window 75.
-    highest = _forward(x)
+    highest = forward(x)
     zeros = jnp.zeros_like(g)
     taken = jnp.zeros(g.shape, bool)
     parts = []

@@ -1,204 +1,67 @@
 // Convolution: every row of the kernel is a product of matrices [pixels, size * channels] x [size * channels, features]
 // whose left side lies in the padded image as it is.
 
-#include "images.h"
+#include "convolution_tiles.h"
 
 namespace {
 
-// The widest vector, and how many accumulators of it fit into the registers beside what they are fed with.
-#ifdef __AVX512F__
-using Wide = Vec16;
-constexpr int kAccumulators = 16;
-#else
-using Wide = Vec8;
-constexpr int kAccumulators = 12;
-#endif
-
-struct Shape {
-  int batch, height, width, channels, size, stride, out_height, out_width, features;
-
-  Shape(const Array& x, const ffi::Span<const int64_t>& out, int64_t size, int64_t stride)
-      : batch(x.dimensions()[0]), height(x.dimensions()[1]), width(x.dimensions()[2]), channels(x.dimensions()[3]),
-        size(size), stride(stride), out_height(out[1]), out_width(out[2]), features(out[3]) {}
-
-  int pad() const { return size / 2; }
-  size_t row() const { return (size_t)(width + 2 * pad()) * channels; }  // of the padded image
-  size_t image() const { return (size_t)height * width * channels; }
-  size_t padded() const { return (size_t)(height + 2 * pad()) * row(); }
-  size_t padded_out() const { return (size_t)(out_height + 2 * pad()) * (out_width + 2 * pad()) * features; }
-  size_t out() const { return (size_t)out_height * out_width * features; }
-  size_t kernel() const { return (size_t)size * size * channels * features; }
-};
-
-// A grid of windows of `rows` times `taps` floats, and of pixels that their products with a kernel go to. All else is
-// distances: between rows of a window, windows side by side and one below the other, pixels likewise.
-struct Grid {
-  int height, width, features, rows, taps;
-  size_t row, along, down, out_along, out_down;
-};
-
-// P pixels of N vectors of features.
-template <class V, int P, int N>
-inline void ConvolveTile(const Grid& s, const float* x, const float* kernel, float* out) {
-  constexpr int kLanes = sizeof(V) / sizeof(float);
-  V sum[P][N] = {};
-  for (int i = 0; i < s.rows; i++, x += s.row) {
-    for (int t = 0; t < s.taps; t++, kernel += s.features) {
-      V k[N];
-      for (int n = 0; n < N; n++) k[n] = Load<V>(kernel + n * kLanes);
-#pragma GCC unroll 16
-      for (int p = 0; p < P; p++) {
-        float value = x[p * s.along + t];
-#pragma GCC unroll 2
-        for (int n = 0; n < N; n++) sum[p][n] += value * k[n];
-      }
-    }
-  }
-  for (int p = 0; p < P; p++)
-    for (int n = 0; n < N; n++) Store(out + p * s.out_along + n * kLanes, sum[p][n]);
+// `count` pixels of `x`, read.
+void Read(const Reading& read, const float* x, int count, int channels, float* z) {
+  if (!read.any) std::memcpy(z, x, (size_t)count * channels * sizeof(float));
+  else
+    ForChannels(channels, [=, &read](int c, auto lanes) {
+      Normal<Wide> normal = read.At(c);
+      for (size_t at = c, end = (size_t)count * channels; at < end; at += channels)
+        lanes.Put(z + at, normal(lanes.Get(x + at)));
+    });
 }
 
-// P pixels of one vector of features where windows of three pixels overlap: every float of the image that is read serves
-// three of them. With one vector, the tile above must read one for each multiplication.
-template <class V, int P>
-inline void ConvolveOverlapping(const Grid& s, const float* x, const float* kernel, float* out) {
-  V sum[P] = {};
-  size_t channels = s.along, tap = channels * s.features;
-  for (int i = 0; i < s.rows; i++, x += s.row, kernel += 2 * tap) {
-    for (size_t c = 0; c < channels; c++, kernel += s.features) {
-      V k[3] = {Load<V>(kernel), Load<V>(kernel + tap), Load<V>(kernel + 2 * tap)};
-#pragma GCC unroll 18
-      for (int q = 0; q < P + 2; q++) {
-        V value = x[q * channels + c] - V{};
-        if (q < P) sum[q] += value * k[0];
-        if (q >= 1 && q <= P) sum[q - 1] += value * k[1];
-        if (q >= 2) sum[q - 2] += value * k[2];
-      }
-    }
-  }
-  for (int p = 0; p < P; p++) Store(out + p * s.out_along, sum[p]);
-}
-
-template <class V, int N>
-void ConvolveColumns(const Grid& s, const float* x, const float* kernel, float* out) {
-  for (int y = 0; y < s.height; y++, x += s.down, out += s.out_down) {
-    int p = 0;
-    auto tiles = [&]<int P>() {
-      for (; p + P <= s.width; p += P) {
-        const float* from = x + p * s.along;
-        if (N == 1 && P > 4 && s.taps == 3 * (int)s.along)
-          ConvolveOverlapping<V, P>(s, from, kernel, out + p * s.out_along);
-        else
-          ConvolveTile<V, P, N>(s, from, kernel, out + p * s.out_along);
-      }
+// Mean of `count` pixels and, `channels` behind it, squared deviations from it.
+void Moments(const float* y, int count, int channels, float* moments) {
+  ForChannels(channels, [=](int c, auto lanes) {
+    auto sum = [=](auto term) {
+      Wide sums[4] = {};
+      const float* at = y + c;
+      int p = 0;
+      for (; p + 4 <= count; p += 4)
+        for (int k = 0; k < 4; k++, at += channels) sums[k] += term(lanes.Get(at));
+      for (; p < count; p++, at += channels) sums[0] += term(lanes.Get(at));
+      return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     };
-    tiles.template operator()<kAccumulators / N>();
-    tiles.template operator()<4>();
-    tiles.template operator()<1>();
-  }
-}
-
-// Runs columns<V, N>(first feature) for blocks of N vectors V that cover all features, a multiple of 8.
-template <class F>
-void ForFeatures(int features, F columns) {
-  constexpr int kLanes = sizeof(Wide) / sizeof(float);
-  int f = 0;
-  for (; f + 2 * kLanes <= features; f += 2 * kLanes) columns.template operator()<Wide, 2>(f);
-  for (; f + kLanes <= features; f += kLanes) columns.template operator()<Wide, 1>(f);
-  for (; f + 8 <= features; f += 8) columns.template operator()<Vec8, 1>(f);
-}
-
-void ConvolveGrid(const Grid& grid, const float* x, const float* kernel, float* out) {
-  ForFeatures(grid.features, [&]<class V, int N>(int f) { ConvolveColumns<V, N>(grid, x, kernel + f, out + f); });
-}
-
-// `image` with `pad` pixels of zeros on every side. write(row, pixels) makes a row of the image.
-template <class F>
-void Pad(int height, int width, int channels, int pad, float* padded, F write) {
-  size_t margin = (size_t)pad * channels, row = (size_t)width * channels + 2 * margin;
-  std::fill_n(padded, pad * row, 0.f);
-  std::fill_n(padded + (pad + height) * row, pad * row, 0.f);
-  for (int y = 0; y < height; y++) {
-    float* to = padded + (pad + y) * row;
-    std::fill_n(to, margin, 0.f);
-    write(y, to + margin);
-    std::fill_n(to + row - margin, margin, 0.f);
-  }
-}
-
-Grid ForwardGrid(const Shape& s) {
-  return {s.out_height, s.out_width, s.features, s.size, s.size * s.channels, s.row(), (size_t)s.stride * s.channels,
-          s.stride * s.row(), (size_t)s.features, (size_t)s.out_width * s.features};
-}
-
-// The input gradient is the convolution of the output's, its pixels spread out by `stride`, with the kernel turned by half
-// a circle. Pixels whose coordinates are alike modulo `stride` see the same taps: each such phase is a convolution of the
-// output's gradient as it is.
-struct Phase {
-  Grid grid;
-  size_t from, to;  // of its first window and pixel
-  std::vector<float> kernel;
-};
-
-struct Along {
-  int first, count, shift;  // taps, and the pixel of the gradient that the first meets, from the input's divided by stride
-  Along(int phase, int size, int stride) {
-    int before = size - 1 - size / 2;
-    first = ((before - phase) % stride + stride) % stride;
-    count = (size - first + stride - 1) / stride;
-    shift = (phase + first - before) / stride;
-  }
-};
-
-std::vector<Phase> Phases(const Shape& s, const float* kernel) {
-  std::vector<Phase> phases;
-  size_t row = (size_t)(s.out_width + 2 * s.pad()) * s.features;  // of the padded gradient
-  for (int a = 0; a < std::min(s.stride, s.height); a++)
-    for (int b = 0; b < std::min(s.stride, s.width); b++) {
-      Along down(a, s.size, s.stride), along(b, s.size, s.stride);
-      Grid grid{(s.height - a + s.stride - 1) / s.stride, (s.width - b + s.stride - 1) / s.stride, s.channels, down.count,
-                along.count * s.features, row, (size_t)s.features, row, (size_t)s.stride * s.channels,
-                (size_t)s.stride * s.width * s.channels};
-      Phase phase{grid, (s.pad() + down.shift) * row + (size_t)(s.pad() + along.shift) * s.features,
-                  ((size_t)a * s.width + b) * s.channels, {}};
-      for (int i = down.first; i < s.size; i += s.stride)
-        for (int j = along.first; j < s.size; j += s.stride) {
-          const float* tap = kernel + (size_t)((s.size - 1 - i) * s.size + s.size - 1 - j) * s.channels * s.features;
-          for (int f = 0; f < s.features; f++)
-            for (int c = 0; c < s.channels; c++) phase.kernel.push_back(tap[(size_t)c * s.features + f]);
-        }
-      phases.push_back(std::move(phase));
-    }
-  return phases;
+    Wide mean = sum([](Wide v) { return v; }) / (float)count;
+    lanes.Put(moments + c, mean);
+    lanes.Put(moments + channels + c, sum([=](Wide v) { return (v - mean) * (v - mean); }));
+  });
 }
 
 ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor, Array bias,
                    Array kernel, Result y, Result ymean, Result yvar) {
   Shape s(x, y->dimensions(), kernel.dimensions()[0], stride);
-  Reading read{reading, mean.typed_data(), factor.typed_data(), bias.typed_data()};
+  Reading read(reading, s.channels, mean, factor, bias);
   const float *images = x.typed_data(), *weights = kernel.typed_data();
   float* out = y->typed_data();
   Grid grid = ForwardGrid(s);
+  int pixels = s.out_height * s.out_width;
   std::vector<float> moments((size_t)s.batch * 2 * s.features);
   float* parts = moments.data();
-  ParallelFor(pool, s.batch, [=](int b) {
+  ParallelFor(pool, s.batch, [=, &read](int b) FLAT {
     float* z = Scratch(0, s.padded());
     const float* image = images + b * s.image();
     Pad(s.height, s.width, s.channels, s.pad(), z,
         [&](int row, float* to) { Read(read, image + (size_t)row * s.width * s.channels, s.width, s.channels, to); });
     ConvolveGrid(grid, z, weights, out + b * s.out());
-    float* part = parts + (size_t)b * 2 * s.features;
-    Moments(out + b * s.out(), s.out_height * s.out_width, s.features, part, part + s.features);
+    Moments(out + b * s.out(), pixels, s.features, parts + (size_t)b * 2 * s.features);
   });
-  MergeMoments(parts, s.batch, s.out_height * s.out_width, s.features, ymean->typed_data(), yvar->typed_data());
+  MergeMoments(s.batch, [=](int) { return pixels; }, parts, s.features, s.features, ymean->typed_data(),
+               yvar->typed_data());
   return ffi::Error::Success();
 }
 
-// M taps' gradients, of N vectors of features, over all pixels of an image. `x`: the first tap of the first pixel; `g`: of
-// the padded gradient the first pixel inside.
+// M taps' gradients, of N vectors of features, over all pixels of an image. `x`: the first tap of the first pixel; `g`:
+// of the padded gradient the first pixel inside.
 template <class V, int M, int N>
 inline void AddTaps(const Shape& s, const float* x, const float* g, float* gradient) {
-  constexpr int kLanes = sizeof(V) / sizeof(float);
+  constexpr int kLanes = kLanesOf<V>;
   V sum[M][N] = {};
   for (int y = 0; y < s.out_height; y++, g += 2 * s.pad() * s.features) {
     const float* at = x + y * s.stride * s.row();
@@ -238,18 +101,34 @@ void AddKernelGradient(const Shape& s, const float* z, const float* g, float* su
     });
 }
 
+// gx from gz, the gradient of what was read, of `count` pixels; adds to the gradients of factor and bias.
+void WriteInputGradient(const Reading& read, const float* x, const float* gz, int count, int channels, float* gx,
+                        float* gfactor, float* gbias) {
+  ForChannels(channels, [=, &read](int c, auto lanes) {
+    Normal<Wide> normal = read.At(c);
+    Wide products = {}, sums = {};
+    for (size_t at = c, end = (size_t)count * channels; at < end; at += channels) {
+      Wide centred = lanes.Get(x + at) - normal.mean, g = normal.Through(lanes.Get(gz + at), centred);
+      products += g * centred;
+      sums += g;
+      lanes.Put(gx + at, g * normal.factor);
+    }
+    lanes.Put(gfactor + c, lanes.Get(gfactor + c) + products);
+    lanes.Put(gbias + c, lanes.Get(gbias + c) + sums);
+  });
+}
+
 // `gx` null: the kernel's gradient alone.
 void Gradients(ffi::ThreadPool& pool, const Shape& s, const Reading& read, const Array& x, const Array& kernel,
-               const Array& y, const Array& ymean, const Array& gy, const Array& gmean, const Array& gvar, float* gkernel,
-               float* gx, float* gfactor, float* gbias) {
+               const Array& y, const Array& ymean, const Array& gy, const Array& gmean, const Array& gvar,
+               float* gkernel, float* gx, float* gfactor, float* gbias) {
   const float *images = x.typed_data(), *ys = y.typed_data(), *gys = gy.typed_data();
-  int pixels = s.out_height * s.out_width;
-  OutputGradient gradient(s.features, (double)s.batch * pixels, ymean.typed_data(), gmean.typed_data(), gvar.typed_data());
+  OutputGradient gradient((double)s.batch * s.out_height * s.out_width, ymean, gmean, gvar);
   std::vector<Phase> phases;
   if (gx) phases = Phases(s, kernel.typed_data());
   // The gradients of the kernel, the factor and the bias lie one behind the other.
   std::vector<float> total(s.kernel() + 2 * s.channels);
-  SumOfGroups(pool, total.size(), total.data(), [=, &s, &read, &gradient, &phases](int group, float* sums) {
+  SumOfGroups(pool, total.size(), total.data(), [=, &s, &read, &gradient, &phases](int group, float* sums) FLAT {
     float *z = Scratch(0, s.padded()), *g = Scratch(1, s.padded_out()), *gz = Scratch(2, s.image());
     for (int b = group; b < s.batch; b += kGroups) {
       const float* image = images + b * s.image();
@@ -257,8 +136,12 @@ void Gradients(ffi::ThreadPool& pool, const Shape& s, const Reading& read, const
       Pad(s.height, s.width, s.channels, s.pad(), z,
           [&](int row, float* to) { Read(read, image + row * in_row, s.width, s.channels, to); });
       Pad(s.out_height, s.out_width, s.features, s.pad(), g, [&](int row, float* to) {
-        size_t at = b * s.out() + row * out_row;
-        gradient.Write(gys + at, ys + at, s.out_width, to);
+        size_t first = b * s.out() + row * out_row;
+        ForChannels(s.features, [&](int f, auto lanes) {
+          Handed<Wide> handed = gradient.At(f);
+          for (size_t at = f; at < out_row; at += s.features)
+            lanes.Put(to + at, handed(lanes.Get(gys + first + at), lanes.Get(ys + first + at)));
+        });
       });
       AddKernelGradient(s, z, g, sums);
       if (!gx) continue;
@@ -269,15 +152,17 @@ void Gradients(ffi::ThreadPool& pool, const Shape& s, const Reading& read, const
   });
   std::copy_n(total.data(), s.kernel(), gkernel);
   if (!gx) return;
-  std::copy_n(total.data() + s.kernel(), s.channels, gfactor);
-  std::copy_n(total.data() + s.kernel() + s.channels, s.channels, gbias);
+  for (int c = 0; c < s.channels; c++) {
+    gfactor[c] = read.any ? total[s.kernel() + c] : 0;
+    gbias[c] = read.any ? total[s.kernel() + s.channels + c] : 0;
+  }
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor, Array bias,
-                    Array kernel, Array y, Array ymean, Array gy, Array gmean, Array gvar, Result gx, Result gfactor,
-                    Result gbias, Result gkernel) {
+ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor,
+                    Array bias, Array kernel, Array y, Array ymean, Array gy, Array gmean, Array gvar, Result gx,
+                    Result gfactor, Result gbias, Result gkernel) {
   Shape s(x, y.dimensions(), kernel.dimensions()[0], stride);
-  Reading read{reading, mean.typed_data(), factor.typed_data(), bias.typed_data()};
+  Reading read(reading, s.channels, mean, factor, bias);
   Gradients(pool, s, read, x, kernel, y, ymean, gy, gmean, gvar, gkernel->typed_data(), gx->typed_data(),
             gfactor->typed_data(), gbias->typed_data());
   return ffi::Error::Success();
@@ -287,17 +172,13 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, int64_t stride, int64_t reading,
                           Array bias, Array kernel, Array y, Array ymean, Array gy, Array gmean, Array gvar,
                           Result gkernel) {
   Shape s(x, y.dimensions(), kernel.dimensions()[0], stride);
-  Reading read{reading, mean.typed_data(), factor.typed_data(), bias.typed_data()};
+  Reading read(reading, s.channels, mean, factor, bias);
   Gradients(pool, s, read, x, kernel, y, ymean, gy, gmean, gvar, gkernel->typed_data(), nullptr, nullptr, nullptr);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-#define READING STRIDED.Attr<int64_t>("reading").Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-#define GRADIENTS READING.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_forward, Forward, READING.Ret<Array>().Ret<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_backward, Backward,
-                              GRADIENTS.Ret<Array>().Ret<Array>().Ret<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_kernel_gradient, KernelGradient, GRADIENTS.Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_forward, Forward, FORWARD(float));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_backward, Backward, BACKWARD(float));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(convolution_kernel_gradient, KernelGradient, GRADIENTS(float).Ret<Array>());

@@ -9,45 +9,8 @@ namespace {
 
 constexpr int kChunk = 1 << 15;  // numbers that a thread takes at a time
 
-// As many numbers as the processor's vectors hold: in wider ones GCC compares number by number, 50 times slower.
-#if defined(__AVX512F__)
-constexpr int kWide = 16;
-#elif defined(__AVX__)
-constexpr int kWide = 8;
-#else
-constexpr int kWide = 4;
-#endif
-typedef float Wide __attribute__((vector_size(4 * kWide)));
-typedef uint32_t WideBits __attribute__((vector_size(4 * kWide)));
-typedef uint16_t WideHalf __attribute__((vector_size(2 * kWide)));
-
-// V: float or Wide.
-template <class V, class E>
-inline V Read(const E* from) {
-  if constexpr (sizeof(V) == sizeof(float)) return ToFloat(*from);
-  else if constexpr (sizeof(E) == sizeof(float)) return Load<V>(from);
-  else if constexpr (kWide == 16) return Load16(from);
-  else {
-    WideHalf half;
-    std::memcpy(&half, from, sizeof(half));
-    return (V)(__builtin_convertvector(half, WideBits) << 16);
-  }
-}
-
-template <class V, class E>
-inline void Write(E* to, V value) {
-  if constexpr (sizeof(V) == sizeof(float)) *to = FromFloat<E>(value);
-  else if constexpr (sizeof(E) == sizeof(float)) Store(to, value);
-  else if constexpr (kWide == 16) Store16(to, value);
-  else {
-    WideBits bits = (WideBits)value, quiet = bits >> 16 | 0x40;
-    WideHalf half = __builtin_convertvector(value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : quiet, WideHalf);
-    std::memcpy(to, &half, sizeof(half));
-  }
-}
-
 template <class V>
-inline void Add(float* to, V value) { Write(to, Read<V>(to) + value); }
+inline void Add(float* to, V value) { Store(to, Load<V>(to) + value); }
 
 // In both of these NaN stays NaN.
 template <class V>
@@ -72,7 +35,7 @@ struct Lines {
 
   template <class A>
   explicit Lines(const A& x)
-      : channels(x.dimensions().back()), size(std::lcm(channels, kWide)), total(x.element_count()),
+      : channels(x.dimensions().back()), size(std::lcm(channels, kLanes)), total(x.element_count()),
         step((size_t)std::max(1, kChunk / size) * size), count((total + step - 1) / step) {}
 
   // The parameters of a line's numbers, one behind the other.
@@ -88,9 +51,9 @@ struct Lines {
   void Visit(int chunk, F visit) const {
     size_t at = chunk * step, end = std::min(total, at + step);
     for (; at + 4 * size <= end; at += 4 * size)
-      for (int c = 0; c < size; c += kWide) visit.template operator()<Wide, 4>(at + c, c);
+      for (int c = 0; c < size; c += kLanes) visit.template operator()<Wide, 4>(at + c, c);
     for (; at + size <= end; at += size)
-      for (int c = 0; c < size; c += kWide) visit.template operator()<Wide, 1>(at + c, c);
+      for (int c = 0; c < size; c += kLanes) visit.template operator()<Wide, 1>(at + c, c);
     for (int c = 0; at + c < end; c++) visit.template operator()<float, 1>(at + c, c);
   }
 };
@@ -103,11 +66,11 @@ void Finish(ffi::ThreadPool& pool, const Lines& lines, const E* x, const float* 
   const float *means = repeated.data(), *factors = means + size, *biases = factors + size;
   ParallelFor(pool, lines.count, [=](int chunk) {
     lines.Visit(chunk, [=]<class V, int n>(size_t at, int c) {
-      V m = Read<V>(means + c), f = Read<V>(factors + c), b = Read<V>(biases + c);
+      V m = Load<V>(means + c), f = Load<V>(factors + c), b = Load<V>(biases + c);
       for (int line = 0; line < n; line++, at += size) {
-        V z = (Read<V>(x + at) - m) * f + b;
-        if constexpr (add) z += Read<V>(residual + at);
-        Write(y + at, relu ? Positive(z) : z);
+        V z = (Load<V>(x + at) - m) * f + b;
+        if constexpr (add) z += Load<V>(residual + at);
+        Store(y + at, relu ? Positive(z) : z);
       }
     });
   });
@@ -125,18 +88,18 @@ void FinishGradient(ffi::ThreadPool& pool, const Lines& lines, const E* x, const
   ParallelFor(pool, lines.count, [=](int chunk) {
     float *own_bias = parts + (size_t)chunk * 2 * size, *own_factor = own_bias + size;
     lines.Visit(chunk, [=]<class V, int n>(size_t at, int c) {
-      V m = Read<V>(means + c), f = Read<V>(factors + c), b = Read<V>(biases + c), sum = {}, products = {};
+      V m = Load<V>(means + c), f = Load<V>(factors + c), b = Load<V>(biases + c), sum = {}, products = {};
       for (int line = 0; line < n; line++, at += size) {
-        V centred = Read<V>(x + at) - m, g = Read<V>(gy + at);
+        V centred = Load<V>(x + at) - m, g = Load<V>(gy + at);
         if constexpr (relu) {
           V z = centred * f + b;
-          if constexpr (add) z = Read<V>(y + at);
+          if constexpr (add) z = Load<V>(y + at);
           g = z > V{} ? g : V{};
         }
         sum += g;
         products += g * centred;
-        Write(gx + at, g * f);
-        if constexpr (add && relu) Write(gresidual + at, g);
+        Store(gx + at, g * f);
+        if constexpr (add && relu) Store(gresidual + at, g);
       }
       Add(own_bias + c, sum);
       Add(own_factor + c, products);
@@ -179,7 +142,7 @@ struct Windows {
     size_t at = begin(row), to = (size_t)row * (width / 2) * channels;
     for (int p = 0; p < width / 2; p++, at += 2 * channels, to += channels) {
       int c = 0;
-      for (; c + kWide <= channels; c += kWide) visit.template operator()<Wide>(at + c, to + c, c);
+      for (; c + kLanes <= channels; c += kLanes) visit.template operator()<Wide>(at + c, to + c, c);
       for (; c < channels; c++) visit.template operator()<float>(at + c, to + c, c);
     }
   }
@@ -191,11 +154,11 @@ void FinishPool(ffi::ThreadPool& pool, const Windows& windows, const E* x, const
   ParallelFor(pool, windows.count, [=](int chunk) {
     for (int row = chunk * windows.step; row < std::min(windows.rows, (chunk + 1) * windows.step); row++)
       windows.Visit(row, [=]<class V>(size_t at, size_t to, int c) {
-        V m = Read<V>(mean + c), f = Read<V>(factor + c), b = Read<V>(bias + c), z[4];
+        V m = Load<V>(mean + c), f = Load<V>(factor + c), b = Load<V>(bias + c), z[4];
         windows.Fetch<0>(x + at);
-        for (int i = 0; i < 4; i++) z[i] = (Read<V>(x + at + windows.corners[i]) - m) * f + b;
+        for (int i = 0; i < 4; i++) z[i] = (Load<V>(x + at + windows.corners[i]) - m) * f + b;
         V highest = Higher(Higher(z[0], z[1]), Higher(z[2], z[3]));
-        Write(y + to, relu ? Positive(highest) : highest);
+        Store(y + to, relu ? Positive(highest) : highest);
       });
   });
 }
@@ -210,21 +173,21 @@ void FinishPoolGradient(ffi::ThreadPool& pool, const Windows& windows, const E* 
     float *own_bias = parts + (size_t)chunk * 2 * channels, *own_factor = own_bias + channels;
     for (int row = chunk * windows.step; row < std::min(windows.rows, (chunk + 1) * windows.step); row++) {
       windows.Visit(row, [=]<class V>(size_t at, size_t to, int c) {
-        V m = Read<V>(mean + c), f = Read<V>(factor + c), b = Read<V>(bias + c), centred[4], z[4];
+        V m = Load<V>(mean + c), f = Load<V>(factor + c), b = Load<V>(bias + c), centred[4], z[4];
         windows.Fetch<0>(x + at);
         windows.Fetch<1>(gx + at);
         for (int i = 0; i < 4; i++) {
-          centred[i] = Read<V>(x + at + windows.corners[i]) - m;
+          centred[i] = Load<V>(x + at + windows.corners[i]) - m;
           z[i] = centred[i] * f + b;
         }
-        V highest = Higher(Higher(z[0], z[1]), Higher(z[2], z[3])), g = Read<V>(gy + to), sum = {}, products = {};
+        V highest = Higher(Higher(z[0], z[1]), Higher(z[2], z[3])), g = Load<V>(gy + to), sum = {}, products = {};
         if constexpr (relu) g = highest > V{} ? g : V{};
         for (int i = 0; i < 4; i++) {
           V own = z[i] == highest ? g : V{};
           g = z[i] == highest ? V{} : g;  // the first of equals has taken it
           sum += own;
           products += own * centred[i];
-          Write(gx + at + windows.corners[i], own * f);
+          Store(gx + at + windows.corners[i], own * f);
         }
         Add(own_bias + c, sum);
         Add(own_factor + c, products);

@@ -1,165 +1,117 @@
-// What every convolution does with its images: reads them through the normalisation before it, leaves the moments of what
-// it writes for the normalisation after it, and makes of the gradients of both the gradient of its output.
+// What every convolution does with its images: it reads them through the normalisation before it, leaves the moments of
+// what it writes for the normalisation after it, and makes of the gradients of both the gradient of its output.
 
 #pragma once
 
-#include <cmath>
+#include <limits>
 
 #include "elements.h"
 
-// Memory of this thread, kept from call to call; each `slot` is a piece of its own.
-template <class T = float>
-T* Scratch(int slot, size_t size) {
-  thread_local std::vector<std::vector<T>> memory(8);
-  if (memory[slot].size() < size) memory[slot].resize(size);
-  return memory[slot].data();
-}
+// Numbers of channels, up to whole vectors of any width; behind the last, zeros.
+inline int Padded(int channels) { return (channels + 15) / 16 * 16; }
 
-inline float Positive(float value) { return value < 0 ? 0.f : value; }  // NaN stays NaN
-inline Vec16 Positive(Vec16 value) { return value < 0 ? Vec16{} : value; }
+// What x is read as: (x - mean) * factor + bias, but at least `floor`.
+template <class V>
+struct Normal {
+  V mean, factor, bias;
+  float floor;
 
-// Calls block<kFull>(channel) for blocks of 16 channels, kFull false for what is left over, of fewer.
-template <class F>
-inline void ForChannels(int channels, F block) {
-  int c = 0;
-  for (; c + 16 <= channels; c += 16) block.template operator()<true>(c, 16);
-  if (c < channels) block.template operator()<false>(c, channels - c);
-}
-
-// Up to 16 numbers; those from `count` on are zero, and are not written.
-template <bool kFull, class E>
-inline Vec16 LoadSome(const E* from, int count) {
-  if (kFull) return Load16(from);
-  E whole[16] = {};
-  std::memcpy(whole, from, count * sizeof(E));
-  return Load16(whole);
-}
-
-template <bool kFull, class E>
-inline void StoreSome(E* to, Vec16 value, int count) {
-  if (kFull) return Store16(to, value);
-  E whole[16];
-  Store16(whole, value);
-  std::memcpy(to, whole, count * sizeof(E));
-}
-
-// What is done with an image as it is read: nothing, (x - mean) * factor + bias, or ReLU of that.
-struct Reading {
-  enum Kind { kPlain, kNormalised, kPositive };
-  int64_t kind;
-  const float *mean, *factor, *bias;
-
-  Vec16 operator()(Vec16 x, Vec16 mean, Vec16 factor, Vec16 bias) const {
-    Vec16 z = (x - mean) * factor + bias;
-    return kind == kPositive ? Positive(z) : z;
+  // In both of these NaN stays NaN.
+  V operator()(V x) const { return OfCentred(x - mean); }
+  V OfCentred(V centred) const {
+    V z = centred * factor + bias, low = floor - V{};
+    return low > z ? low : z;
   }
+  // `g`, the gradient of what was read, where the floor let it through. One register fewer than by comparison with it.
+  V Through(V g, V centred) const { return centred * factor + (bias - floor) > V{} ? g : V{}; }
 };
 
-// `rows` pixels of `x`, read.
-template <class E, class T>
-void Read(const Reading& reading, const E* x, int rows, int channels, T* z) {
-  if (reading.kind == Reading::kPlain) {
-    if constexpr (std::is_same_v<E, T>) {
-      std::memcpy(z, x, (size_t)rows * channels * sizeof(E));
-    } else {
-      for (size_t i = 0; i < (size_t)rows * channels; i++) z[i] = FromFloat<T>(ToFloat(x[i]));
-    }
-    return;
-  }
-  ForChannels(channels, [&]<bool kFull>(int c, int n) {
-    Vec16 mean = LoadSome<kFull>(reading.mean + c, n), factor = LoadSome<kFull>(reading.factor + c, n);
-    Vec16 bias = LoadSome<kFull>(reading.bias + c, n);
-    for (int r = 0; r < rows; r++) {
-      size_t at = (size_t)r * channels + c;
-      StoreSome<kFull>(z + at, reading(LoadSome<kFull>(x + at, n), mean, factor, bias), n);
-    }
-  });
-}
-
-// Mean and squared deviations from it of every channel, over `rows` pixels.
-template <class E>
-void Moments(const E* y, int rows, int channels, float* means, float* squares) {
-  ForChannels(channels, [&]<bool kFull>(int c, int n) {
-    auto sum = [&](auto term) {
-      Vec16 sums[4] = {};
-      int r = 0;
-      for (; r + 4 <= rows; r += 4)
-        for (int k = 0; k < 4; k++) sums[k] += term(LoadSome<kFull>(y + (size_t)(r + k) * channels + c, n));
-      for (; r < rows; r++) sums[0] += term(LoadSome<kFull>(y + (size_t)r * channels + c, n));
-      return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    };
-    Vec16 mean = sum([](Vec16 v) { return v; }) / (float)rows;
-    StoreSome<kFull>(means + c, mean, n);
-    StoreSome<kFull>(squares + c, sum([=](Vec16 v) { return (v - mean) * (v - mean); }), n);
-  });
-}
-
-// Mean and variance of all parts from `Moments` of each, [count, 2, channels], of `rows` pixels each (Chan, Golub &
-// LeVeque).
-inline void MergeMoments(const float* parts, int count, int rows, int channels, float* mean, float* var) {
-  for (int c = 0; c < channels; c++) {
-    double sum = 0, squares = 0;
-    for (int k = 0; k < count; k++) sum += parts[(size_t)k * 2 * channels + c];
-    double centre = sum / count;
-    for (int k = 0; k < count; k++) {
-      double apart = parts[(size_t)k * 2 * channels + c] - centre;
-      squares += parts[((size_t)k * 2 + 1) * channels + c] + rows * apart * apart;
-    }
-    mean[c] = centre;
-    var[c] = squares / ((double)count * rows);
-  }
-}
-
-// The gradient of an output whose mean and variance went on too: gy + gmean / n + gvar * 2 (y - mean) / n.
-struct OutputGradient {
-  const float* mean;
-  std::vector<float> constant, along;
-
-  OutputGradient(int features, double n, const float* mean, const float* gmean, const float* gvar)
-      : mean(mean), constant(features), along(features) {
-    for (int f = 0; f < features; f++) constant[f] = gmean[f] / n, along[f] = 2 * gvar[f] / n;
+// How an image is read: as it is, normalised, or ReLU of that. Read as it is, it is normalised by nothing.
+class Reading {
+ public:
+  Reading(int64_t kind, int channels, const Array& mean, const Array& factor, const Array& bias)
+      : any(kind != kPlain), floor_(kind == kPositive ? 0.f : -std::numeric_limits<float>::infinity()),
+        size_(Padded(channels)), parameters_(3 * size_) {
+    const Array* of[] = {&mean, &factor, &bias};
+    for (int i = 0; i < 3; i++)
+      for (int c = 0; c < channels; c++) parameters_[i * size_ + c] = any ? of[i]->typed_data()[c] : i == 1;
   }
 
-  template <class E, class T>
-  void Write(const E* gy, const E* y, int rows, T* g) const {
-    int features = constant.size();
-    ForChannels(features, [&]<bool kFull>(int f, int n) {
-      Vec16 c = LoadSome<kFull>(constant.data() + f, n), a = LoadSome<kFull>(along.data() + f, n);
-      Vec16 m = LoadSome<kFull>(mean + f, n);
-      for (int r = 0; r < rows; r++) {
-        size_t at = (size_t)r * features + f;
-        StoreSome<kFull>(g + at, LoadSome<kFull>(gy + at, n) + ((LoadSome<kFull>(y + at, n) - m) * a + c), n);
-      }
-    });
+  // Of the channels from `c` on.
+  template <class V = Wide>
+  Normal<V> At(int c) const {
+    const float* at = parameters_.data() + c;
+    return {Load<V>(at), Load<V>(at + size_), Load<V>(at + 2 * size_), floor_};
   }
+
+  const bool any;
+
+ private:
+  enum { kPlain, kNormalised, kPositive };
+  float floor_;
+  size_t size_;
+  std::vector<float> parameters_;
 };
 
-// gx from gz, the gradient of what was read; adds to the sums behind the gradients of factor and bias.
-template <class E>
-void WriteInputGradient(const Reading& reading, const E* x, const float* gz, int rows, int channels, E* gx,
-                        float* gfactor, float* gbias) {
-  ForChannels(channels, [&]<bool kFull>(int c, int n) {
-    bool plain = reading.kind == Reading::kPlain;
-    Vec16 mean{}, factor{}, bias{}, products{}, sums{};
-    if (!plain) {
-      mean = LoadSome<kFull>(reading.mean + c, n), factor = LoadSome<kFull>(reading.factor + c, n);
-      bias = LoadSome<kFull>(reading.bias + c, n);
+// gy + gmean / N + gvar * 2 (y - mean) / N: what a pixel of y hands back by itself and through the moments of all.
+template <class V>
+struct Handed {
+  V mean, slope, constant;
+
+  V operator()(V gy, V y) const { return gy + ((y - mean) * slope + constant); }
+};
+
+class OutputGradient {
+ public:
+  // `pixels`: N.
+  OutputGradient(double pixels, const Array& mean, const Array& gmean, const Array& gvar)
+      : size_(Padded(mean.element_count())), parameters_(3 * size_) {
+    for (size_t f = 0; f < mean.element_count(); f++) {
+      parameters_[f] = mean.typed_data()[f];
+      parameters_[f + size_] = 2 * gvar.typed_data()[f] / pixels;
+      parameters_[f + 2 * size_] = gmean.typed_data()[f] / pixels;
     }
-    for (int r = 0; r < rows; r++) {
-      size_t at = (size_t)r * channels + c;
-      Vec16 g = LoadSome<kFull>(gz + at, n);
-      if (plain) {
-        StoreSome<kFull>(gx + at, g, n);
-        continue;
-      }
-      Vec16 centred = LoadSome<kFull>(x + at, n) - mean;
-      if (reading.kind == Reading::kPositive) g = centred * factor + bias > 0 ? g : Vec16{};
-      products += g * centred;
-      sums += g;
-      StoreSome<kFull>(gx + at, g * factor, n);
+  }
+
+  // Of the features from `f` on.
+  template <class V = Wide>
+  Handed<V> At(int f) const {
+    const float* at = parameters_.data() + f;
+    return {Load<V>(at), Load<V>(at + size_), Load<V>(at + 2 * size_)};
+  }
+
+ private:
+  size_t size_;
+  std::vector<float> parameters_;
+};
+
+// Mean and variance of all pixels from those of parts (Chan, Golub & LeVeque). Part k is of pixels(k) pixels: their
+// mean lies at moments + 2 * k * size, and `size` behind it the sum of squared deviations from that.
+template <class Pixels>
+void MergeMoments(int parts, Pixels pixels, const float* moments, size_t size, int channels, float* mean,
+                  float* variance) {
+  std::vector<double> centre(channels), squares(channels);
+  double total = 0;
+  for (int k = 0; k < parts; k++, moments += 2 * size) {
+    total += pixels(k);
+    for (int c = 0; c < channels; c++) centre[c] += pixels(k) * (double)moments[c];
+  }
+  for (double& sum : centre) sum /= total;
+  moments -= 2 * parts * size;
+  for (int k = 0; k < parts; k++, moments += 2 * size)
+    for (int c = 0; c < channels; c++) {
+      double apart = moments[c] - centre[c];
+      squares[c] += moments[size + c] + pixels(k) * apart * apart;
     }
-    if (plain) return;
-    StoreSome<kFull>(gfactor + c, LoadSome<kFull>(gfactor + c, n) + products, n);
-    StoreSome<kFull>(gbias + c, LoadSome<kFull>(gbias + c, n) + sums, n);
-  });
+  for (int c = 0; c < channels; c++) mean[c] = centre[c], variance[c] = squares[c] / total;
 }
+
+// What XLA hands to a convolution (`ops/fused.py`): stride, reading, x, mean, factor, bias, kernel; forward the results
+// y, its mean and its variance; backward y, its mean and the gradients of all three, then the results: the gradients of
+// x, factor, bias and kernel.
+#define CONVOLUTION(E)                                                                                             \
+  THREADED.Attr<int64_t>("stride").Attr<int64_t>("reading").Arg<ArrayOf<E>>().Arg<Array>().Arg<Array>()             \
+      .Arg<Array>().Arg<Array>()
+#define FORWARD(E) CONVOLUTION(E).Ret<ArrayOf<E>>().Ret<Array>().Ret<Array>()
+#define GRADIENTS(E) CONVOLUTION(E).Arg<ArrayOf<E>>().Arg<Array>().Arg<ArrayOf<E>>().Arg<Array>().Arg<Array>()
+#define BACKWARD(E) GRADIENTS(E).Ret<ArrayOf<E>>().Ret<Array>().Ret<Array>().Ret<Array>()

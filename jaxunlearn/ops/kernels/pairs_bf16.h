@@ -6,21 +6,15 @@
 
 #pragma once
 
-#include "elements.h"
+#include "images.h"
 
 namespace {
 
 constexpr int kImages = 8;
 
 typedef uint32_t Eight __attribute__((vector_size(32)));  // a pair of channels of every image
-
-// Memory of this thread, kept from call to call, one for each use.
-template <int use, class T = Bits16>
-T* Scratch(size_t size) {
-  thread_local std::vector<T> memory;
-  if (memory.size() < size) memory.resize(size);
-  return memory.data();
-}
+using Bits16 = Bits<Vec16>;
+using Half16 = Half<Vec16>;
 
 // sum + a * b for pairs of bfloat16.
 inline Vec16 Dot(Vec16 sum, Bits16 a, Bits16 b) {
@@ -34,38 +28,8 @@ inline Vec16 Dot(Vec16 sum, Bits16 a, Bits16 b) {
 
 inline Bits16 Broadcast(uint32_t pair) { return pair - Bits16{}; }
 
-inline Half16 Rounded(Vec16 value) {
-  Half16 half;
-  Store16((BFloat16*)&half, value);
-  return half;
-}
-
-inline Vec16 Widened(Half16 half) { return Load16((const BFloat16*)&half); }
-
 inline Bits16 Pair(Half16 low, Half16 high) {
   return __builtin_convertvector(low, Bits16) | __builtin_convertvector(high, Bits16) << 16;
-}
-
-// Sixteen numbers, or as many as there are, then zeros.
-template <class E>
-inline Vec16 LoadFew(const E* from, int count) {
-  if (count >= 16) return Load16(from);
-  float few[16] = {};
-  for (int i = 0; i < count; i++) few[i] = ToFloat(from[i]);
-  return Load16(few);
-}
-
-template <class E>
-inline void StoreFew(E* to, Vec16 value, int count) {
-  if (count >= 16) return Store16(to, value);
-  for (int i = 0; i < count; i++) to[i] = FromFloat<E>(value[i]);
-}
-
-// Parameters with zeros up to whole vectors.
-std::vector<float> Whole(const float* from, int count) {
-  std::vector<float> whole((count + 15) / 16 * 16);
-  std::copy_n(from, count, whole.data());
-  return whole;
 }
 
 // What a convolution reads or writes: of one image, or of a block of eight in scratch.

@@ -27,8 +27,9 @@ void Pack(ffi::ThreadPool& pool, const Packed& p, const float* kernel, int chann
     for (int tap = 0; tap < p.taps; tap++)
       for (int c = 0; c < channels; c += 2) {
         const float* from = kernel + ((size_t)tap * channels + c) * features + 16 * n;
-        to[p.at(n, tap, c / 2)] = Pair(Rounded(LoadFew(from, features - 16 * n)),
-                                       Rounded(LoadFew(from + features, c + 1 < channels ? features - 16 * n : 0)));
+        int count = features - 16 * n;
+        to[p.at(n, tap, c / 2)] = Pair(Rounded(LoadSome<Vec16>(from, count)),
+                                       Rounded(LoadSome<Vec16>(from + features, c + 1 < channels ? count : 0)));
       }
   });
 }
@@ -43,7 +44,7 @@ void PackTurned(ffi::ThreadPool& pool, const Packed& p, const float* kernel, int
           for (int i = 0; i < 8; i++) {
             int c = 16 * n + 8 * half + i;
             const float* from = kernel + ((size_t)tap * channels + c) * features + f;
-            pairs[i] = (Eight)Rounded(LoadFew(from, c < channels ? features - f : 0));
+            pairs[i] = (Eight)Rounded(LoadSome<Vec16>(from, c < channels ? features - f : 0));
           }
           Transpose(pairs);
           for (int i = 0; i < std::min(8, p.pairs - f / 2); i++)

@@ -9,17 +9,12 @@
 
 namespace {
 
-// The widest vector, and how many accumulators of it fit into the registers beside what they are fed with.
+// Accumulators that fit into the registers beside what they are fed with.
 #ifdef __AVX512F__
-using Wide = Vec16;
 constexpr int kAccumulators = 24;
 #else
-using Wide = Vec8;
 constexpr int kAccumulators = 12;
 #endif
-constexpr int kLanes = sizeof(Wide) / sizeof(float);
-typedef uint16_t HalfWide __attribute__((vector_size(kLanes * 2)));
-typedef uint32_t BitsWide __attribute__((vector_size(kLanes * 4)));
 
 // What a number of an array is in scratch.
 #ifdef __AVX512BF16__
@@ -33,91 +28,39 @@ template <class S>
 constexpr int kPair = sizeof(float) / sizeof(S);  // numbers in a word
 
 inline int Words(int numbers, int pair) { return (numbers + pair - 1) / pair; }
-inline int Padded(int numbers) { return (numbers + kLanes - 1) / kLanes * kLanes; }
+inline int Whole(int columns) { return (columns + kLanes - 1) / kLanes * kLanes; }  // up to whole vectors
 
 // Words from one row of scratch to the next: an odd number of cache lines, so that a column of rows lies in all of the
 // cache's sets.
 inline size_t RowOf(int words) { return (size_t)((words + 15) / 16 | 1) * 16; }
 
-// `count` numbers in a row, zeros behind them.
-inline Wide LoadSome(const float* from, int count) {
-  if (count >= kLanes) return Load<Wide>(from);
-#ifdef __AVX512F__
-  return (Wide)_mm512_maskz_loadu_ps((1 << count) - 1, from);
-#else
-  Wide value = {};
-  std::memcpy(&value, from, count * sizeof(float));
-  return value;
-#endif
-}
-
-inline Wide LoadSome(const BFloat16* from, int count) {
-  HalfWide half = {};
-  if (count >= kLanes)
-    std::memcpy(&half, from, sizeof(half));
-  else
-    std::memcpy(&half, from, count * sizeof(BFloat16));
-  return (Wide)(__builtin_convertvector(half, BitsWide) << 16);
-}
-
-inline HalfWide ToHalf(Wide value) {
-#ifdef __AVX512BF16__
-  return (HalfWide)_mm512_cvtneps_pbh((__m512)value);
-#else
-  BitsWide bits = (BitsWide)value, number = (BitsWide)(value == value);
-  BitsWide rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
-  return __builtin_convertvector((number & rounded) | (~number & quiet), HalfWide);
-#endif
-}
-
-// Writes `count` numbers and returns them as they were written.
-inline Wide StoreSome(float* to, Wide value, int count) {
-  if (count >= kLanes)
-    Store(to, value);
-  else
-#ifdef __AVX512F__
-    _mm512_mask_storeu_ps(to, (1 << count) - 1, (__m512)value);
-#else
-    std::memcpy(to, &value, count * sizeof(float));
-#endif
-  return value;
-}
-
-inline Wide StoreSome(BFloat16* to, Wide value, int count) {
-  HalfWide half = ToHalf(value);
-  if (count >= kLanes)
-    std::memcpy(to, &half, sizeof(half));
-  else
-    std::memcpy(to, &half, count * sizeof(BFloat16));
-  return (Wide)(__builtin_convertvector(half, BitsWide) << 16);
-}
-
-// Rows of scratch from vectors value(row, column, count): `count` numbers, zeros behind them. Pairs are of neighbours in
-// a row (`along`) and of neighbours in a column (`down`): whichever is not null.
-template <class S, class Value>
-inline void Fill(int rows, int columns, float* along, float* down, Value value) {
+// Rows of scratch from vectors values(column, count)(row): `count` numbers, zeros behind them. Pairs are of neighbours
+// in a row (`along`) and of neighbours in a column (`down`): whichever is not null.
+template <class S, class Values>
+inline void Fill(int rows, int columns, float* along, float* down, Values values) {
   constexpr int kRows = 4;  // that what is alike for all rows is loaded for
   size_t along_row = RowOf(Words(columns, kPair<S>)), down_row = RowOf(columns);
   for (int r = 0; r < rows; r += kRows) {
     int some = std::min(kRows, rows - r);
     auto vectors = [&](int c, int count) {
+      auto value = values(c, count);
       Wide v[kRows] = {};
       if (some == kRows)
-        for (int i = 0; i < kRows; i++) v[i] = value(r + i, c, count);
+        for (int i = 0; i < kRows; i++) v[i] = value(r + i);
       else
-        for (int i = 0; i < some; i++) v[i] = value(r + i, c, count);
+        for (int i = 0; i < some; i++) v[i] = value(r + i);
       if constexpr (kPair<S> == 1) {
         float* to = (along ? along : down) + r * down_row + c;
         for (int i = 0; i < kRows; i++) Store(to + i * down_row, v[i]);
       } else {
-        HalfWide half[kRows];
-        for (int i = 0; i < kRows; i++) half[i] = ToHalf(v[i]);
+        Half<Wide> half[kRows];
+        for (int i = 0; i < kRows; i++) half[i] = Rounded(v[i]);
         if (along)
-          for (int i = 0; i < kRows; i++) std::memcpy(along + (r + i) * along_row + c / 2, &half[i], sizeof(HalfWide));
+          for (int i = 0; i < kRows; i++) std::memcpy(along + (r + i) * along_row + c / 2, &half[i], sizeof(half[i]));
         if (down)
           for (int i = 0; i < kRows; i += 2) {
-            BitsWide low = __builtin_convertvector(half[i], BitsWide);
-            BitsWide high = __builtin_convertvector(half[i + 1], BitsWide);
+            Bits<Wide> low = __builtin_convertvector(half[i], Bits<Wide>);
+            Bits<Wide> high = __builtin_convertvector(half[i + 1], Bits<Wide>);
             Store(down + (r + i) / 2 * down_row + c, (Wide)(low | high << 16));
           }
       }
@@ -188,7 +131,7 @@ inline void AddTile(int depth, const float* a, size_t down, size_t along, const 
 // block<N>(first column) for blocks of N vectors that cover all columns.
 template <class Block>
 inline void ForColumns(int columns, Block block) {
-  int vectors = Padded(columns) / kLanes, v = 0;
+  int vectors = Whole(columns) / kLanes, v = 0;
   if (vectors == 1) return block.template operator()<1>(0);
   if (vectors % 2) block.template operator()<3>(0), v = 3;
   for (; v < vectors; v += 2) block.template operator()<2>(v * kLanes);
@@ -217,7 +160,7 @@ template <class S, class At>
 std::vector<float> Pack(ffi::ThreadPool& pool, int depth, int columns, At at) {
   constexpr int kBlock = 16;
   int words = Words(depth, kPair<S>);
-  std::vector<float> packed((size_t)words * Padded(columns));
+  std::vector<float> packed((size_t)words * Whole(columns));
   ForColumns(columns, [&]<int N>(int first) {
     float* panel = packed.data() + (size_t)first * words;
     int count = std::min(N * kLanes, columns - first);
@@ -247,11 +190,11 @@ inline void Product(int rows, int words, int columns, const float* a, const floa
   });
 }
 
-// to [left, Padded(right)] += transposed scratch `a` [words, left] times scratch `b` [words, right].
+// to [left, Whole(right)] += transposed scratch `a` [words, left] times scratch `b` [words, right].
 template <class S>
 inline void AddTransposedProduct(int words, int left, int right, const float* a, const float* b, float* to,
                                  Ahead& ahead) {
-  size_t a_row = RowOf(left), b_row = RowOf(right), to_row = Padded(right);
+  size_t a_row = RowOf(left), b_row = RowOf(right), to_row = Whole(right);
   ForColumns(right, [&]<int N>(int c) {
     ForRows<N>(left, [&]<int M>(int r) {
       Wide sum[M][N] = {};

@@ -54,7 +54,7 @@ inline void AddTaps(const std::vector<Span>& spans, int stride, const Bits16* x,
 #pragma GCC unroll 3
     for (int n = 0; n < N && m < channels; n++) {
       float* to = gradient + (size_t)m * features + n * out_apart;
-      StoreFew(to, LoadFew(to, lanes) + sum[m][n], lanes);
+      StoreSome(to, LoadSome<Vec16>(to, lanes) + sum[m][n], lanes);
     }
 }
 

@@ -25,30 +25,6 @@ constexpr int kRuns = 64;    // of chunks that follow each other, at most
 constexpr size_t kWide = 256 * 256 + 1;
 constexpr int kTogether = 128;
 
-// What a pixel of the output hands back: gy + gmean / N + gvar * 2 (y - ymean) / N.
-struct Gradient {
-  const float *y, *gy, *mean;
-  std::vector<float> constant, along;
-
-  Gradient(const Array& y, const Array& mean, const Array& gy, const Array& gmean, const Array& gvar)
-      : y(y.typed_data()), gy(gy.typed_data()), mean(mean.typed_data()), constant(mean.element_count()),
-        along(mean.element_count()) {
-    size_t features = mean.element_count();
-    float pixels = y.element_count() / features;
-    for (size_t f = 0; f < features; f++) {
-      constant[f] = gmean.typed_data()[f] / pixels;
-      along[f] = 2 * gvar.typed_data()[f] / pixels;
-    }
-  }
-  void operator()(size_t pixel, int count, float* to) const {
-    int features = constant.size();
-    for (size_t at = pixel * features, end = at + (size_t)count * features; at < end; at += features, to += features)
-      for (int f = 0; f < features; f += 16)
-        Store(to + f, Load<Vec16>(gy + at + f) + Load<Vec16>(&constant[f]) +
-                          Load<Vec16>(&along[f]) * (Load<Vec16>(y + at + f) - Load<Vec16>(mean + f)));
-  }
-};
-
 // Into how many shares of columns a part of the work is divided where there are few parts, and how wide they are.
 struct Shares {
   int count, width;
@@ -73,13 +49,13 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
   size_t m_position = (size_t)t.chunk * t.along * block + 16;
 
   // Features begin ... end of a chunk.
-  auto convolve = [&](int chunk, int begin, int end, bool follows) {
-    float* rows = Memory::Scratch(4 * (2 * t.along + 2) * channels + layout.chunk + P * P * m_position);
-    float *v = rows + 4 * (2 * t.along + 2) * channels, *m = v + layout.chunk;
+  auto convolve = [&](int chunk, int begin, int end, bool follows) FLAT {
+    float *rows = Scratch(1, 4 * (2 * t.along + 2) * channels), *v = Scratch(0, layout.chunk + P * P * m_position);
+    float* m = v + layout.chunk;
     TransformInput<P>(t, layout, chunk, rows, v, [&](size_t pixel, int count, float* to) {
       const float* from = x + pixel * channels;
       for (int p = 0; p < count; p++, from += channels, to += channels)
-        for (int c = 0; c < channels; c += 16) Store(to + c, read(Load<Vec16>(from + c), c));
+        for (int c = 0; c < channels; c += kLanes) Store(to + c, read.At(c)(Load<Wide>(from + c)));
     });
     Ahead ahead(P * P, t.tiles(chunk), end - begin);
     if (follows) ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
@@ -90,18 +66,18 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
       for (int p = 0; p < P * P; p++)
         Products(t.tiles(chunk), v + p * layout.position, layout.row, channels,
                  kernels + p * KernelPosition(channels, features), f, now, m + p * m_position, block, ahead);
-      for (int i = 0; i < now; i += 16) {
+      for (int i = 0; i < now; i += kLanes) {
         float* to = y + f + i;
-        Vec16 sum = {}, squares[2] = {};
-        TransformOutput<P>(t, chunk, m + i, block, m_position, [&](size_t pixel, Vec16 value) {
+        Wide sum = {}, squares[2] = {};
+        TransformOutput<P>(t, chunk, m + i, block, m_position, [&](size_t pixel, Wide value) {
           Store(to + pixel * features, value);
           sum += value;
         });
-        Vec16 mean = sum / count;
+        Wide mean = sum / count;
         for (int row = t.begin(chunk); row < t.end(chunk); row++) {
           const float* from = to + t.pixel(row) * features;
           for (int p = 0; p < (t.lower(row) ? 2 : 1) * t.width; p++, from += features) {
-            Vec16 apart = Load<Vec16>(from) - mean;
+            Wide apart = Load<Wide>(from) - mean;
             squares[p & 1] += apart * apart;
           }
         }
@@ -119,24 +95,13 @@ void Forward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const 
     for (int chunk = begin; chunk < end; chunk++)
       convolve(chunk, from, std::min(features, from + shares.width), chunk + 1 < end);
   });
-  double pixels = (double)t.batch * t.height * t.width;
-  for (int f = 0; f < features; f++) {
-    double sum = 0, squares = 0;
-    for (int k = 0; k < t.chunks; k++) sum += t.pixels(k) * parts[(size_t)k * 2 * features + f];
-    double centre = sum / pixels;
-    for (int k = 0; k < t.chunks; k++) {
-      double apart = parts[(size_t)k * 2 * features + f] - centre;
-      squares += parts[(size_t)(2 * k + 1) * features + f] + t.pixels(k) * apart * apart;
-    }
-    ymean[f] = centre;
-    yvar[f] = squares / pixels;
-  }
+  MergeMoments(t.chunks, [=, &t](int chunk) { return t.pixels(chunk); }, parts, features, features, ymean, yvar);
 }
 
 template <int P>
 void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const float* x, const float* kernel,
-              const Gradient& gradient, int channels, int features, float* gx, float* gfactor, float* gbias,
-              float* gkernel) {
+              const OutputGradient& gradient, const float* y, const float* gy, int channels, int features, float* gx,
+              float* gfactor, float* gbias, float* gkernel) {
   Memory kernel_memory(P * P * KernelPosition(features, channels));
   float* kernels = kernel_memory.data();
   TransformKernel<P, true>(pool, kernel, channels, features, kernels);
@@ -147,28 +112,32 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
   int block = std::min(kBlock, channels);
   size_t m_position = (size_t)tiles * block + 16;
 
-  auto transform = [&](int chunk, float* v, float* z) {
-    float* rows = Memory::Scratch(4 * (2 * t.along + 2) * features);
-    TransformInput<P>(t, outputs, chunk, rows, v, gradient);
+  auto transform = [&](int chunk, float* v, float* z) FLAT {
+    float* rows = Scratch(1, 4 * (2 * t.along + 2) * features);
+    TransformInput<P>(t, outputs, chunk, rows, v, [&](size_t pixel, int count, float* to) {
+      for (size_t at = pixel * features, end = at + (size_t)count * features; at < end; at += features, to += features)
+        for (int f = 0; f < features; f += kLanes)
+          Store(to + f, gradient.At(f)(Load<Wide>(gy + at + f), Load<Wide>(y + at + f)));
+    });
     TransformPixels<P>(t, inputs, chunk, read, x, z);
   };
-  auto input_gradient = [&](int chunk, const float* v, float* m, int begin, int end, Ahead& ahead) {
+  auto input_gradient = [&](int chunk, const float* v, float* m, int begin, int end, Ahead& ahead) FLAT {
     if (end - begin == channels) ahead.Write(gx + t.first(chunk) * channels, t.pixels(chunk) * channels);
     for (int c = begin; c < end; c += block) {
       int now = std::min(block, end - c);
       for (int p = 0; p < P * P; p++)
         Products(t.tiles(chunk), v + p * outputs.position, outputs.row, features,
                  kernels + p * KernelPosition(features, channels), c, now, m + p * m_position, block, ahead);
-      for (int i = 0; i < now; i += 16) {
+      for (int i = 0; i < now; i += kLanes) {
         int at = c + i;
-        Vec16 mean = Load<Vec16>(read.mean + at), factor = Load<Vec16>(read.factor + at);
-        Vec16 biases = {}, factors = {};
-        TransformOutput<P>(t, chunk, m + i, block, m_position, [&](size_t pixel, Vec16 value) {
-          Vec16 input = Load<Vec16>(x + pixel * channels + at);
-          if (read.relu) value = read(input, at) > 0 ? value : Vec16{};
-          Store(gx + pixel * channels + at, value * factor);
+        Normal<Wide> normal = read.At(at);
+        Wide biases = {}, factors = {};
+        TransformOutput<P>(t, chunk, m + i, block, m_position, [&](size_t pixel, Wide value) {
+          Wide centred = Load<Wide>(x + pixel * channels + at) - normal.mean;
+          value = normal.Through(value, centred);
+          Store(gx + pixel * channels + at, value * normal.factor);
           biases += value;
-          factors += value * (input - mean);
+          factors += value * centred;
         });
         float* own = parts + (size_t)chunk * 2 * channels + at;
         Store(own, biases);
@@ -185,16 +154,15 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
   if (!wide) {
     ParallelFor(pool, groups, [&](int group) {
       int begin = (int64_t)t.chunks * group / groups, end = (int64_t)t.chunks * (group + 1) / groups;
-      size_t rows = 4 * (2 * t.along + 2) * features;
-      float* v = Memory::Scratch(rows + inputs.chunk + outputs.chunk + P * P * m_position) + rows;
+      float* v = Scratch(0, inputs.chunk + outputs.chunk + P * P * m_position);
       float *z = v + outputs.chunk, *m = z + inputs.chunk;
       for (int chunk = begin; chunk < end; chunk++) {
         transform(chunk, v, z);
         Ahead ahead(P * P, t.tiles(chunk), channels);
         if (chunk + 1 < end) {
           ahead.Read(x + t.first(chunk + 1) * channels, t.pixels(chunk + 1) * channels);
-          ahead.Read(gradient.y + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
-          ahead.Read(gradient.gy + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
+          ahead.Read(y + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
+          ahead.Read(gy + t.first(chunk + 1) * features, t.pixels(chunk + 1) * features);
         }
         input_gradient(chunk, v, m, 0, channels, ahead);
         for (int p = 0; p < P * P; p++)
@@ -215,7 +183,7 @@ void Backward(ffi::ThreadPool& pool, const Tiling& t, const Reading& read, const
           int chunk = i / shares.count, from = i % shares.count * shares.width;
           int until = std::min(channels, from + shares.width);
           Ahead ahead(P * P, t.tiles(begin + chunk), until - from);
-          input_gradient(begin + chunk, v + chunk * outputs.chunk, Memory::Scratch(P * P * m_position), from, until,
+          input_gradient(begin + chunk, v + chunk * outputs.chunk, Scratch(0, P * P * m_position), from, until,
                          ahead);
         } else {
           int p = i - count * shares.count;
@@ -263,20 +231,14 @@ ffi::Error DispatchBackward(ffi::ThreadPool pool, int64_t stride, int64_t readin
   Tiling t(x);
   int channels = kernel.dimensions()[2], features = kernel.dimensions()[3];
   Reading read(reading, channels, mean, factor, bias);
-  Gradient gradient(y, ymean, gy, gmean, gvar);
+  OutputGradient gradient((double)t.batch * t.height * t.width, ymean, gmean, gvar);
   auto run = t.down == 1 && t.along == 1 ? Backward<3> : Backward<4>;
-  run(pool, t, read, x.typed_data(), kernel.typed_data(), gradient, channels, features, gx->typed_data(),
-      gfactor->typed_data(), gbias->typed_data(), gkernel->typed_data());
+  run(pool, t, read, x.typed_data(), kernel.typed_data(), gradient, y.typed_data(), gy.typed_data(), channels, features,
+      gx->typed_data(), gfactor->typed_data(), gbias->typed_data(), gkernel->typed_data());
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(winograd_forward, DispatchForward,
-                              STRIDED.Attr<int64_t>("reading").Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-                                  .Arg<Array>().Ret<Array>().Ret<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(winograd_backward, DispatchBackward,
-                              STRIDED.Attr<int64_t>("reading").Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-                                  .Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-                                  .Ret<Array>().Ret<Array>().Ret<Array>().Ret<Array>());
-
+XLA_FFI_DEFINE_HANDLER_SYMBOL(winograd_forward, DispatchForward, FORWARD(float));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(winograd_backward, DispatchBackward, BACKWARD(float));

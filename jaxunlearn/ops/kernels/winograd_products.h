@@ -4,24 +4,21 @@
 
 #include <mutex>
 
-#include "common.h"
+#include "images.h"
 
 namespace winograd {
 
-// The widest vector, and the rows of tiles of two such vectors that fit into the registers: of a product, and of one
-// whose first factor is transposed (its rows are channels, multiples of 16).
+// Rows of tiles of two vectors that fit into the registers: of a product, and of one whose first factor is transposed
+// (its rows are channels, multiples of 16).
 #ifdef __AVX512F__
-using Wide = Vec16;
 constexpr int kRows = 12, kTransposedRows = 8;
 #else
-using Wide = Vec8;
 constexpr int kRows = 6, kTransposedRows = 4;
 #endif
-constexpr int kLanes = sizeof(Wide) / sizeof(float);
 constexpr int kPanel = 2 * kLanes;  // features that a product makes at a time
 
-// Floats, whatever they are at first. Kept from call to call: the allocator may hand memory back to the system when a
-// call ends, and then the first touch of each page costs more than what is done with it.
+// Floats for all threads of a call, whatever they are at first. Kept from call to call: the allocator may hand memory
+// back to the system when a call ends, and then the first touch of each page costs more than what is done with it.
 class Memory {
  public:
   explicit Memory(size_t size) {
@@ -36,18 +33,10 @@ class Memory {
     std::lock_guard lock(mutex_);
     free_.push_back(std::move(memory_));
   }
-  float* data() { return Aligned(memory_.data()); }
-
-  // This thread's.
-  static float* Scratch(size_t size) {
-    thread_local std::vector<float> memory;
-    if (memory.size() < size + 16) memory = std::vector<float>(size + 16);
-    return Aligned(memory.data());
-  }
+  // From a line of the cache on: vectors across two cost double.
+  float* data() { return (float*)(((uintptr_t)memory_.data() + 63) & ~(uintptr_t)63); }
 
  private:
-  // To a line of the cache: vectors across two cost double.
-  static float* Aligned(float* memory) { return (float*)(((uintptr_t)memory + 63) & ~(uintptr_t)63); }
   static inline std::mutex mutex_;
   static inline std::vector<std::vector<float>> free_;
   std::vector<float> memory_;

@@ -4,26 +4,25 @@
 
 #include <array>
 #include <bit>
-#include <cmath>
 
 #include "winograd_products.h"
 
 namespace winograd {
 
 template <int P>
-using Parts = std::array<Vec16, P>;
+using Parts = std::array<Wide, P>;
 
 // Along one direction, P = 4: F(2, 3). P = 3: the same for an image of two pixels, where only two of four pixels under
 // a tile are not padding: nine positions do instead of sixteen.
 
 template <int P>
-inline Parts<P> InputParts(Vec16 d0, Vec16 d1, Vec16 d2, Vec16 d3) {  // B^T
+inline Parts<P> InputParts(Wide d0, Wide d1, Wide d2, Wide d3) {  // B^T
   if constexpr (P == 4) return {d0 - d2, d1 + d2, d2 - d1, d1 - d3};
   else return {d1, d1 + d2, d2};
 }
 
 template <int P>
-inline Parts<P> KernelParts(Vec16 k0, Vec16 k1, Vec16 k2) {  // G
+inline Parts<P> KernelParts(Wide k0, Wide k1, Wide k2) {  // G
   if constexpr (P == 4) return {k0, (k0 + k2 + k1) * 0.5f, (k0 + k2 - k1) * 0.5f, k2};
   else return {k0 - k1, k1, k2 - k1};
 }
@@ -35,7 +34,7 @@ inline Parts<2> OutputPixels(const Parts<P>& m) {  // A^T
 }
 
 template <int P>
-inline Parts<P> PixelParts(Vec16 z0, Vec16 z1) {  // A
+inline Parts<P> PixelParts(Wide z0, Wide z1) {  // A
   if constexpr (P == 4) return {z0, z0 + z1, z0 - z1, -z1};
   else return {z1, z0 + z1, z0};
 }
@@ -45,27 +44,6 @@ inline Parts<3> KernelGradient(const Parts<P>& u) {  // G^T
   if constexpr (P == 4) return {u[0] + (u[1] + u[2]) * 0.5f, (u[1] - u[2]) * 0.5f, (u[1] + u[2]) * 0.5f + u[3]};
   else return {u[0], u[1] - u[0] - u[2], u[2]};
 }
-
-// z of x: parameters that leave x as it is where nothing is to be done.
-struct Reading {
-  std::vector<float> none;
-  const float *mean, *factor, *bias;
-  float lowest;
-  bool relu, any;
-
-  Reading(int64_t reading, int channels, const Array& mean, const Array& factor, const Array& bias)
-      : none(2 * channels), mean(mean.typed_data()), factor(factor.typed_data()), bias(bias.typed_data()),
-        lowest(reading == 2 ? 0 : -INFINITY), relu(reading == 2), any(reading != 0) {
-    if (any) return;
-    std::fill_n(none.begin() + channels, channels, 1.f);
-    this->mean = this->bias = none.data();
-    this->factor = none.data() + channels;
-  }
-  Vec16 operator()(Vec16 x, int c) const {
-    Vec16 z = (x - Load<Vec16>(mean + c)) * Load<Vec16>(factor + c) + Load<Vec16>(bias + c);
-    return z < lowest ? lowest - Vec16{} : z;  // NaN stays NaN
-  }
-};
 
 // Tiles of a chunk, or the next number that makes whole rows. 32: 3 to 8% slower; 96: as fast in most layers, 9% slower
 // in the backward pass of 256 channels.
@@ -123,11 +101,11 @@ void TransformInput(const Tiling& t, const Layout& layout, int chunk, float* scr
       std::swap(rows[1], rows[3]);
     }
     read(row, follows ? 2 : 0);
-    for (int c = 0; c < channels; c += 16) {
+    for (int c = 0; c < channels; c += kLanes) {
       auto column = [&](int x) {
         size_t at = (size_t)x * channels + c;
-        return InputParts<P>(Load<Vec16>(rows[0] + at), Load<Vec16>(rows[1] + at), Load<Vec16>(rows[2] + at),
-                             Load<Vec16>(rows[3] + at));
+        return InputParts<P>(Load<Wide>(rows[0] + at), Load<Wide>(rows[1] + at), Load<Wide>(rows[2] + at),
+                             Load<Wide>(rows[3] + at));
       };
       Parts<P> d0 = column(0), d1 = column(1);
       float* to = out + c;
@@ -156,9 +134,10 @@ void TransformPixels(const Tiling& t, const Layout& layout, int chunk, const Rea
     const float* from = x + t.pixel(row) * channels;
     for (int p = 0; p < t.along; p++, from += 2 * channels, out += layout.row) {
       bool right = 2 * p + 1 < t.width, lower = t.lower(row);
-      for (int c = 0; c < channels; c += 16) {
-        auto pixel = [&](size_t at) { return read(Load<Vec16>(from + at + c), c); };
-        Vec16 none = {};
+      for (int c = 0; c < channels; c += kLanes) {
+        Normal<Wide> normal = read.At(c);
+        auto pixel = [&](size_t at) { return normal(Load<Wide>(from + at + c)); };
+        Wide none = {};
         Parts<P> left = PixelParts<P>(pixel(0), lower ? pixel(below) : none), other{};
         if (right) other = PixelParts<P>(pixel(channels), lower ? pixel(below + channels) : none);
 #pragma GCC unroll 4
@@ -172,7 +151,7 @@ void TransformPixels(const Tiling& t, const Layout& layout, int chunk, const Rea
   }
 }
 
-// A^T m A of a chunk's tiles, of 16 features: put(pixel, output) for every pixel of the image.
+// A^T m A of a chunk's tiles, of a vector of features: put(pixel, output) for every pixel of the image.
 template <int P, class F>
 inline void TransformOutput(const Tiling& t, int chunk, const float* m, size_t m_row, size_t m_position, F put) {
   for (int row = t.begin(chunk); row < t.end(chunk); row++) {
@@ -184,7 +163,7 @@ inline void TransformOutput(const Tiling& t, int chunk, const float* m, size_t m
       for (int j = 0; j < P; j++) {
         Parts<P> column;
 #pragma GCC unroll 4
-        for (int i = 0; i < P; i++) column[i] = Load<Vec16>(m + (i * P + j) * m_position);
+        for (int i = 0; i < P; i++) column[i] = Load<Wide>(m + (i * P + j) * m_position);
         Parts<2> pixels = OutputPixels<P>(column);
         upper_parts[j] = pixels[0];
         lower_parts[j] = pixels[1];
@@ -199,20 +178,20 @@ inline void TransformOutput(const Tiling& t, int chunk, const float* m, size_t m
   }
 }
 
-// A 16x16 matrix: swaps the blocks beside the diagonal, of 1, then 2, 4, 8.
-inline void Transpose(Vec16* rows) {
-  typedef int Lanes __attribute__((vector_size(64)));
+// A square matrix: swaps the blocks beside the diagonal, of 1, then 2, 4, 8.
+inline void Transpose(Wide* rows) {
+  typedef int Order __attribute__((vector_size(sizeof(Wide))));
 #pragma GCC unroll 4
-  for (int size = 1; size < 16; size *= 2) {
-    Lanes upper, lower;
-    for (int i = 0; i < 16; i++) {
-      upper[i] = i & size ? 16 + i - size : i;
-      lower[i] = i & size ? 16 + i : i + size;
+  for (int size = 1; size < kLanes; size *= 2) {
+    Order upper, lower;
+    for (int i = 0; i < kLanes; i++) {
+      upper[i] = i & size ? kLanes + i - size : i;
+      lower[i] = i & size ? kLanes + i : i + size;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < kLanes; i++) {
       if (i & size) continue;
-      Vec16 a = rows[i], b = rows[i + size];
+      Wide a = rows[i], b = rows[i + size];
       rows[i] = __builtin_shuffle(a, b, upper);
       rows[i + size] = __builtin_shuffle(a, b, lower);
     }
@@ -227,23 +206,23 @@ template <int P, bool kTurned>
 void TransformKernel(ffi::ThreadPool& pool, const float* kernel, int channels, int features, float* out) {
   int depth = kTurned ? features : channels, width = kTurned ? channels : features;
   size_t position = KernelPosition(depth, width);
-  ParallelFor(pool, channels / 16, [=](int block) {
-    int c = block * 16;
-    for (int f = 0; f < features; f += 16) {
-      Vec16 taps[9][16];
+  ParallelFor(pool, channels / kLanes, [=](int block) {
+    int c = block * kLanes;
+    for (int f = 0; f < features; f += kLanes) {
+      Wide taps[9][kLanes];
       for (int tap = 0; tap < 9; tap++) {
-        Vec16* rows = taps[kTurned ? 8 - tap : tap];
+        Wide* rows = taps[kTurned ? 8 - tap : tap];
         const float* from = kernel + ((size_t)tap * channels + c) * features + f;
-        for (int r = 0; r < 16; r++, from += features) {
+        for (int r = 0; r < kLanes; r++, from += features) {
           __builtin_prefetch(from + 32);  // more streams than the CPU follows by itself: 2% of 512 channels of 4x4
-          rows[r] = Load<Vec16>(from);
+          rows[r] = Load<Wide>(from);
         }
         if (kTurned) Transpose(rows);
       }
       int d = kTurned ? f : c, w = kTurned ? c : f;
       int panel = w / kPanel * kPanel, row = std::min(kPanel, width - panel);
       float* to = out + (size_t)panel * depth + d * row + w - panel;
-      for (int r = 0; r < 16; r++, to += row) {
+      for (int r = 0; r < kLanes; r++, to += row) {
         Parts<P> columns[3];
         for (int j = 0; j < 3; j++) columns[j] = KernelParts<P>(taps[j][r], taps[3 + j][r], taps[6 + j][r]);
         for (int i = 0; i < P; i++) {
@@ -260,14 +239,14 @@ template <int P>
 void TransformKernelGradient(ffi::ThreadPool& pool, const float* sums, int groups, size_t position, int channels,
                              int features, float* out) {
   ParallelFor(pool, channels, [=](int c) {
-    for (int f = 0; f < features; f += 16) {
+    for (int f = 0; f < features; f += kLanes) {
       size_t at = (size_t)c * features + f;
       Parts<P> columns[P], rows[3];
       for (int i = 0; i < P; i++)
         for (int j = 0; j < P; j++) {
-          Vec16 sum = {};
+          Wide sum = {};
           for (int group = 0; group < groups; group++)
-            sum += Load<Vec16>(sums + ((group * P + i) * P + j) * position + at);
+            sum += Load<Wide>(sums + ((group * P + i) * P + j) * position + at);
           columns[j][i] = sum;
         }
       for (int j = 0; j < P; j++) {
