@@ -79,9 +79,9 @@ def make_case(protocol: Protocol, num_classes: int, dataset: Dataset, steps: int
 
 
 def epochs_of(case: Case, precision: str) -> list[int]:
-    """The epoch of each step. In fp32 one of the last, in which every baseline makes one update; the trajectory in fp64
-    is spread over four, so that scrub goes through both its phases."""
-    if precision == "fp32":
+    """The epoch of each step. In fp32 and bf16 one of the last, in which every baseline makes one update; in fp64 the
+    trajectory is spread over four, so that scrub goes through both its phases."""
+    if precision != "fp64":
         return [case.protocol.unlearn_epochs - 1]
     return [4 * step // case.steps for step in range(case.steps)]
 

@@ -1,7 +1,8 @@
 """The package against PyTorch, quantity by quantity, each with a tolerance and a verdict.
 
-A single step is compared in fp32. A trajectory is compared in float64: Adam makes a whole step of a gradient that is
-nothing but rounding, so after some steps in fp32 two correct programs are far apart.
+A single step is compared in fp32, and the package's in bf16 with PyTorch's in fp32. A trajectory is compared in
+float64: Adam makes a whole step of a gradient that is nothing but rounding, so after some steps in fp32 two correct
+programs are far apart.
 
 How far apart may they be? A layer computed with rounding errors is the exact layer of weights that are off by about
 sqrt(n) u, where n is the length of its sums and u the unit roundoff (Higham & Mary 2019, "A new approach to
@@ -22,7 +23,6 @@ from rich.table import Table
 
 from jaxunlearn.torch_reference.cases import Case
 from jaxunlearn.torch_reference.sides import (
-    DTYPES,
     Arrays,
     Trace,
     package_logits,
@@ -34,7 +34,7 @@ from jaxunlearn.torch_reference.sides import (
 )
 
 SIDES_AND_PASSES = 4  # both sides round, forward and backward
-DRAWS = 4  # of perturbed weights in fp32, where one alone may leave the loss as it is or miss the kinks of ReLU
+DRAWS = 4  # of perturbed weights for one step, where one alone may leave the loss as it is or miss the kinks of ReLU
 METRICS = ("retain_acc", "forget_acc", "forget_mia_auc", "unlearn_score")
 OPEN = 0.5  # a tolerance from which on a row says next to nothing
 
@@ -82,20 +82,21 @@ class Row(NamedTuple):
 
 def compare_models(case: Case) -> list[Row]:
     """The logits, which methods have in common."""
-    theirs, ours = pytorch_logits(case), package_logits(case)
-    draws = [pytorch_logits(case, draw) for draw in range(DRAWS)]
     rows = []
-    for mode, logits in theirs.items():
-        tolerance = _tolerance(case, "fp32", (relative(draw[mode], logits) for draw in draws))
-        found = {side: (relative(modes[mode], logits), "") for side, modes in ours.items()}
-        rows.append(Row("", f"logits in {mode} mode", "fp32", tolerance, found))
+    for precision in ("fp32", "bf16"):
+        theirs, ours = pytorch_logits(case, precision), package_logits(case, precision)
+        draws = [pytorch_logits(case, precision, draw) for draw in range(DRAWS)]
+        for mode, logits in theirs.items():
+            tolerance = _tolerance(case, precision, (relative(draw[mode], logits) for draw in draws))
+            found = {side: (relative(modes[mode], logits), "") for side, modes in ours.items()}
+            rows.append(Row("", f"logits in {mode} mode", precision, tolerance, found))
     return rows
 
 
 def compare(case: Case, name: str) -> list[Row]:
     """A baseline: the package's rule and class against the harness."""
     rows = []
-    for precision, draws in (("fp32", DRAWS), ("fp64", 1)):
+    for precision, draws in (("fp32", DRAWS), ("bf16", DRAWS), ("fp64", 1)):
         theirs = pytorch_trace(case, name, precision)
         perturbed = [pytorch_trace(case, name, precision, draw) for draw in range(draws)]
         ours = {side: package_trace(case, factory, precision) for side, factory in package_sides(name).items()}
@@ -126,13 +127,15 @@ def quantities(case: Case) -> dict[str, list[Quantity]]:
         return worst(_statistics(a), _statistics(b))
 
     update, after = partial(beyond_adam, case), f"after {case.steps} steps"
+    one_step = [
+        Quantity("loss", loss, lambda a: a.loss),
+        Quantity("gradients", gradients),
+        Quantity("parameters after 1 step", update, tolerance=adam_tolerance(case)),
+        Quantity("BatchNorm after 1 step", statistics),
+    ]
     return {
-        "fp32": [
-            Quantity("loss", loss, lambda a: a.loss),
-            Quantity("gradients", gradients),
-            Quantity("parameters after 1 step", update, tolerance=adam_tolerance(case)),
-            Quantity("BatchNorm after 1 step", statistics),
-        ],
+        "fp32": one_step,
+        "bf16": one_step,
         "fp64": [
             Quantity("loss", loss, lambda a: a.loss),
             Quantity("gradients", gradients),
@@ -195,7 +198,7 @@ def adam_tolerance(case: Case) -> float:
 
 def _tolerance(case: Case, precision: str, changes: Iterable[float]) -> float:
     # A condition below one would be luck.
-    return SIDES_AND_PASSES * max(*changes, rounding(case, DTYPES[precision][0]))
+    return SIDES_AND_PASSES * max(*changes, rounding(case, precision))
 
 
 def _largest(found: Sequence[Found]) -> Found:

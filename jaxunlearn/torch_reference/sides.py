@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from numpy.typing import DTypeLike
 
 from jaxunlearn.data.batches import Batch
 from jaxunlearn.evaluation.metrics import unlearning_metrics
@@ -30,7 +29,13 @@ Arrays = Mapping[str, np.ndarray]  # by state_dict key
 Factory = Callable[[Context], UnlearningRule]
 
 CLASSES = Path(baselines.__file__).parent
-DTYPES = {"fp32": (np.float32, torch.float32), "fp64": (np.float64, torch.float64)}
+# What weights are held in, and what PyTorch computes in: it is the package alone that computes in bfloat16.
+DTYPES: dict[str, tuple[Any, torch.dtype]] = {
+    "fp32": (np.float32, torch.float32),
+    "bf16": (np.float32, torch.float32),
+    "fp64": (np.float64, torch.float64),
+}
+BFLOAT16 = 2.0**-8  # u of it
 
 
 class Trace(NamedTuple):
@@ -78,9 +83,9 @@ def package_sides(name: str) -> dict[str, Factory]:
     return {side: method.factory for side, method in methods.items() if method.factory is not None}
 
 
-def package_logits(case: Case) -> dict[str, dict[str, np.ndarray]]:
-    """Logits of the first retain batch in both modes, fp32: as a rule asks for them, and as a class does."""
-    network, cast = package_network(case, "fp32")
+def package_logits(case: Case, precision: str) -> dict[str, dict[str, np.ndarray]]:
+    """Logits of the first retain batch in both modes, fp32 or bf16: as a rule asks for them, and as a class does."""
+    network, cast = package_network(case, precision)
     variables = cast(case.variables["params"]), cast(case.variables["batch_stats"])
     images, key = case.batches[0][0].images, jax.random.key(0)
 
@@ -172,20 +177,24 @@ def perturb(model: torch.nn.Module, size: float, draw: int) -> None:
             parameter.copy_(parameter * (1 + size * noise))
 
 
-def rounding(case: Case, dtype: DTypeLike) -> float:
+def rounding(case: Case, precision: str) -> float:
     """The relative error that rounding makes in the longest sum of a step, sqrt(n) u: n is the length of a product of
-    weights and inputs, or the number of a batch's pixels, over which BatchNorm and the gradients of weights add."""
+    weights and inputs, or the number of a batch's pixels, over which BatchNorm and the gradients of weights add.
+
+    In bf16 sums are fp32, and u of bfloat16 is lost once, where weights and what layers hand on are rounded.
+    """
     longest = max(math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(case.variables["params"]))
     pixels = BATCH_SIZE * math.prod(case.test.images.shape[1:3])
-    return float(math.sqrt(max(longest, pixels)) * np.finfo(dtype).eps / 2)
+    sums = math.sqrt(max(longest, pixels)) * np.finfo(DTYPES[precision][0]).eps / 2
+    return float(sums) + (BFLOAT16 if precision == "bf16" else 0)
 
 
 @torch.no_grad()
-def pytorch_logits(case: Case, draw: int | None = None) -> dict[str, np.ndarray]:
-    """`package_logits`; from perturbed weights where there is a `draw`."""
+def pytorch_logits(case: Case, precision: str, draw: int | None = None) -> dict[str, np.ndarray]:
+    """What `package_logits` is compared with; from weights perturbed as `precision` rounds where there is a `draw`."""
     model = pytorch_model(case, case.variables["params"], "fp32")
     if draw is not None:
-        perturb(model, rounding(case, np.float32), draw)
+        perturb(model, rounding(case, precision), draw)
     images, _ = tensors(case.batches[0][0], torch.float32)
     return {"eval": model.eval()(images).numpy(), "train": model.train()(images).numpy()}
 
@@ -194,7 +203,7 @@ def pytorch_trace(case: Case, name: str, precision: str, draw: int | None = None
     """The steps of a baseline of the harness; from perturbed weights where there is a `draw`."""
     model = pytorch_model(case, case.variables["params"], precision).train()
     if draw is not None:
-        perturb(model, rounding(case, DTYPES[precision][0]), draw)
+        perturb(model, rounding(case, precision), draw)
     options = {}
     if name == "bad_teacher":
         options["incompetent"] = harness.frozen(pytorch_model(case, case.random_params, precision))
