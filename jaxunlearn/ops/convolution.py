@@ -54,13 +54,13 @@ conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
 
 
 def has_own_forms(kernel: Array, groups: int) -> bool:
-    """Whether anything but XLA's form is made for such a kernel: an odd one, of one group or depthwise."""
+    """Whether anything but XLA's form is made for such a kernel: on a CPU, an odd one, of one group or depthwise."""
     size, _, channels, features = kernel.shape
-    return size % 2 == 1 and (groups == 1 or (channels == 1 and features == groups))
+    return on_cpu() and size % 2 == 1 and (groups == 1 or (channels == 1 and features == groups))
 
 
 def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
-    if on_cpu() and has_own_forms(kernel, groups):
+    if has_own_forms(kernel, groups):
         if groups > 1:
             return depthwise.forward(x, kernel, stride)
         if kernel.shape[0] == 1:
@@ -79,7 +79,7 @@ def _forward(x: Array, kernel: Array, stride: int, groups: int) -> Array:
 
 def input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     """Of `conv2d`, from the gradient `g` of its result."""
-    if on_cpu() and has_own_forms(kernel, groups):
+    if has_own_forms(kernel, groups):
         if groups > 1:
             return depthwise.input_gradient(g, kernel, x.shape[1:3], stride)
         if _is_wide(kernel, stride):
@@ -91,7 +91,7 @@ def input_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) 
 
 def _kernel_gradient(x: Array, kernel: Array, g: Array, stride: int, groups: int) -> Array:
     size = kernel.shape[0]
-    if on_cpu() and has_own_forms(kernel, groups):
+    if has_own_forms(kernel, groups):
         if groups > 1:
             return depthwise.kernel_gradient(x, g, size, stride)
         if size == 1:
