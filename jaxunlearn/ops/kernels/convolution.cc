@@ -152,10 +152,7 @@ void Gradients(ffi::ThreadPool& pool, const Shape& s, const Reading& read, const
   });
   std::copy_n(total.data(), s.kernel(), gkernel);
   if (!gx) return;
-  for (int c = 0; c < s.channels; c++) {
-    gfactor[c] = read.any ? total[s.kernel() + c] : 0;
-    gbias[c] = read.any ? total[s.kernel() + s.channels + c] : 0;
-  }
+  read.Put(&total[s.kernel()], &total[s.kernel() + s.channels], s.channels, gfactor, gbias);
 }
 
 ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array x, Array mean, Array factor,

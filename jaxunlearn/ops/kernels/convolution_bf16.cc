@@ -131,10 +131,7 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, HalfA
       if (own) AddKernelGradient(s, 0, s.in.panels(), 1, x2, xs, g2, gs, sums + 2 * lanes);
     }
   });
-  for (int c = 0; c < channels; c++) {
-    gfactor->typed_data()[c] = read.any ? all[c] : 0;
-    gbias->typed_data()[c] = read.any ? all[lanes + c] : 0;
-  }
+  read.Put(&all[0], &all[lanes], channels, gfactor->typed_data(), gbias->typed_data());
   if (own) {
     std::copy_n(all.data() + 2 * lanes, s.kernel(), kernel_gradient);
   } else {

@@ -118,10 +118,7 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, Array
     }
   });
   std::copy_n(sums.data(), taps * channels, gkernel->typed_data());
-  for (size_t c = 0; c < channels; c++) {
-    gfactor->typed_data()[c] = read.any ? sums[taps * channels + c] : 0;
-    gbias->typed_data()[c] = read.any ? sums[(taps + 1) * channels + c] : 0;
-  }
+  read.Put(&sums[taps * channels], &sums[(taps + 1) * channels], channels, gfactor->typed_data(), gbias->typed_data());
   return ffi::Error::Success();
 }
 

@@ -44,6 +44,11 @@ class Reading {
     return {Load<V>(at), Load<V>(at + size_), Load<V>(at + 2 * size_), floor_};
   }
 
+  // The gradients of factor and bias from their sums: zero where neither was read.
+  void Put(const float* factors, const float* biases, int channels, float* gfactor, float* gbias) const {
+    for (int c = 0; c < channels; c++) gfactor[c] = any ? factors[c] : 0, gbias[c] = any ? biases[c] : 0;
+  }
+
   const bool any;
 
  private:
