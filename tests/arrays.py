@@ -73,6 +73,8 @@ def context(**fields):
             "forward": None,
             "layers": lambda: LAYERS,
             "optimizer": optax.sgd(RATE),
+            "learning_rate": RATE,
+            "eps": 1e-8,
             "mean": MEAN,
             "std": STD,
             "num_classes": CLASSES,

@@ -22,14 +22,11 @@ from jaxunlearn.training.checking import same_form
 from jaxunlearn.training.unlearning import make_context
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]
-WITHOUT_STEP = {
-    "output_mask",
-    "ssd",
-    "lfssd",
-    "fisher",
-}  # the rules that change the model before any step, and take none
-FROZEN_STATISTICS = {"adaptive_uniform"}  # the rules whose steps leave BatchNorm's statistics alone
-CHANGING_EXTRA = {"importance_masked", "fisher_pcgrad", "gdr_gma"}  # the rules whose steps change what they keep
+# The rules that change the model before any step, and take none.
+WITHOUT_STEP = {"output_mask", "ssd", "lfssd", "fisher", "wood_fisher"}
+# The rules whose steps leave BatchNorm's statistics alone, and those whose steps change what they keep.
+FROZEN_STATISTICS = {"adaptive_uniform", "masked_distillation"}
+CHANGING_EXTRA = {"importance_masked", "fisher_pcgrad", "gdr_gma", "masked_distillation"}
 every_rule = pytest.mark.parametrize("name", sorted({*names()} - WITHOUT_STEP))  # every one that takes steps
 every_method = pytest.mark.parametrize("name", names())
 SEED_AXES = RuleState(0, 0, 0, 0, None, None)  # step and epoch are one for all seeds

@@ -14,9 +14,10 @@ from linear import (
     linear_context,
     linear_model,
     log_softmax,
+    vector,
 )
 
-from jaxunlearn.methods import fisher, lfssd, ssd
+from jaxunlearn.methods import fisher, lfssd, ssd, wood_fisher
 
 pytestmark = [pytest.mark.usefixtures("in_float64", "quick_compilation"), pytest.mark.numbers]
 BATCHES = {
@@ -110,6 +111,28 @@ def test_fisher_adds_noise_where_it_costs_least():
         np.testing.assert_allclose(one, two, rtol=1e-5)
         np.testing.assert_allclose(one.mean(0), 0, atol=0.08)  # five deviations of what 4,000 draws give
         np.testing.assert_allclose((one**2).mean(0), 1, atol=0.11)
+
+
+def test_wood_fisher_takes_one_step_along_what_its_recursion_makes_of_two_gradients():
+    params, stats = linear_model(1)
+    mean = stats["bn"]["mean"]
+
+    def slope(batch):
+        return vector(gradient(lambda m: cross_entropy(m.in_eval_mode(batch, mean), batch.labels), in_numpy(params)))
+
+    def of_set(name):
+        sizes = [len(batch.labels) for batch in BATCHES[name]]
+        return np.average([slope(batch) for batch in BATCHES[name]], 0, sizes), sum(sizes)
+
+    (forget, n_f), (retain, n_r) = of_set("forget"), of_set("retain")
+    k = n_f / (n_f + n_r) * (forget - retain)
+    first, *others = [slope(batch) for batch in BATCHES["retain"]]  # each of one image
+    o = first
+    for g in others:
+        length = 2 + o @ g
+        k, o = k - (k @ g) / length * o, o - (o @ g) / length * o
+    after = passed(wood_fisher.rule(linear_context(), alpha=3.0, images=2), params, stats)
+    np.testing.assert_allclose(vector(after) - vector(in_numpy(params)), 3 * k, rtol=1e-6, atol=1e-8)
 
 
 def test_fisher_looks_at_images_one_by_one():

@@ -42,6 +42,8 @@ class Context(NamedTuple):
     forward: Callable[..., Any]  # either mode, and features: see `jaxunlearn.models.network.Network`
     layers: Callable[[], tuple[str, ...]]  # names of the layers with parameters, in the order in which they compute
     optimizer: optax.GradientTransformation
+    learning_rate: float  # of the optimizer, Adam: gradients far below its `eps` are multiplied by learning_rate / eps
+    eps: float
     mean: tuple[float, ...]  # of pixels scaled to 0-1, one a channel: images are (pixels - mean) / std
     std: tuple[float, ...]
     num_classes: int

@@ -69,6 +69,8 @@ def make_context(network: Network, protocol: Protocol, num_classes: int, steps_p
     return Context(
         **network._asdict(),
         optimizer=adam,
+        learning_rate=protocol.unlearn_lr,
+        eps=protocol.adam_eps,
         mean=tuple(protocol.mean),
         std=tuple(protocol.std),
         num_classes=num_classes,
