@@ -94,6 +94,12 @@ def test_a_row_says_all_that_its_records_do():
     assert (mine["variant"], mine["reads"], mine["commands"], mine["rank"]) == ("a=1", None, (), None)
 
 
+def test_of_several_variants_of_somebodys_rule_what_differs_is_shown():
+    settings = [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}, {"a": 2, "b": "x", "c": 0}]
+    (board,) = made.boards([record("mine", hyperparameters=own) for own in settings])
+    assert {row["variant"] for row in made.results(board).rows} - {"", None} == {"a=1", "a=2", "a=2 c=0"}
+
+
 def test_a_model_that_collapsed_is_marked_where_the_first_records_did_not_say_so():
     unknown = dict.fromkeys(("collapsed", "inverted_membership", "above_retrain", "output_mask"))
     cases = {

@@ -194,7 +194,7 @@ def test_a_file_that_is_no_rule_is_refused(tmp_path, file, text, message):
     [
         ("return None", r"rule\(context\) returned NoneType, it must return an UnlearningRule"),
         ("return lambda *args: args", "returned function, it must return an UnlearningRule"),
-        ("return context.learning_rate", r"'mine': its rule\(\) failed: AttributeError"),
+        ("return context.momentum", r"'mine': its rule\(\) failed: AttributeError"),
         ("raise ValueError('a\\nb')", r"'mine': its rule\(\) failed: ValueError: a b"),
     ],
 )

@@ -129,10 +129,13 @@ def test_wood_fisher_takes_one_step_along_what_its_recursion_makes_of_two_gradie
     first, *others = [slope(batch) for batch in BATCHES["retain"]]  # each of one image
     o = first
     for g in others:
-        length = 2 + o @ g
+        length = 3 + o @ g
         k, o = k - (k @ g) / length * o, o - (o @ g) / length * o
-    after = passed(wood_fisher.rule(linear_context(), alpha=3.0, images=2), params, stats)
+    after = passed(wood_fisher.rule(linear_context(), alpha=3.0, images=3), params, stats)
     np.testing.assert_allclose(vector(after) - vector(in_numpy(params)), 3 * k, rtol=1e-6, atol=1e-8)
+    *sums, last = wood_fisher.rule(linear_context(), images=3).passes
+    assert [(one.over, one.images, one.batch_size) for one in sums] == [("forget", None, None), ("retain", None, None)]
+    assert (last.over, last.images, last.batch_size) == ("retain", 3, 1)
 
 
 def test_fisher_looks_at_images_one_by_one():

@@ -172,7 +172,7 @@ def test_records_without_companions_and_flags_are_shown():
 
 
 def ranked(records):
-    return {row.method: row.rank for row in summarize(records, {})}
+    return {row.method: row.rank for row in summarize(list(records), {})}
 
 
 def test_rows_that_the_seeds_cannot_tell_apart_share_a_rank():

@@ -1,8 +1,8 @@
-"""Influence unlearning (Izzo et al. 2021, arXiv:2002.10077, as in Jia et al. 2023, arXiv:2304.04934): one step, once.
+"""Influence unlearning (Izzo et al. 2021, arXiv:2002.10077, as in Jia et al. 2023, arXiv:2304.04934): one change, once.
 
 The weights w become w + alpha H^(-1) v, v = n_f / n (g_f - g_r): g_f and g_r are the mean gradients of the CE of forget
 and retain, n_f and n how many images are in forget and in all. H^(-1) v is WoodFisher's recursion (Singh & Alistarh
-2020, arXiv:2004.14340) over N images of retain, one at a time, of gradient g:
+2020, arXiv:2004.14340) over N = `images` images of retain, one at a time, of gradient g:
 
   k <- k - (k . g) / (N + o . g) o,   o <- o - (o . g) / (N + o . g) o,   from k = v and, behind the first image, o = g.
 
@@ -12,7 +12,8 @@ Differs: the images of the recursion are drawn, where the code takes the first. 
 image's gradient, shortened: the o of every image, which H^(-1) would need, are as many models. So k leaves v only along
 that gradient, and the rule is hardly more than one long step of gradient ascent.
 
-Values: `images` the published code's, alpha ours: that code's .2 moves nothing here.
+Values: the published code's for `images`, ours for alpha: on the digits 1 forgets nothing, where that code has .2, and
+10 costs half of retain.
 
 Reads: a pass over forget, a pass over retain.
 """
@@ -30,7 +31,7 @@ from jaxunlearn.methods.rule import Pass, UnlearningRule, cross_entropy, init_st
 ranges = {"images": (500, 2000)}
 
 
-def rule(context, *, alpha: float = 100.0, images: int = 1000) -> UnlearningRule:
+def rule(context, *, alpha: float = 3.0, images: int = 1000) -> UnlearningRule:
     if images < 1:
         raise UserError(f"images is {images}: it must be at least 1")
 
@@ -65,7 +66,7 @@ def rule(context, *, alpha: float = 100.0, images: int = 1000) -> UnlearningRule
         g = gradient(params, state, batch)
         first = state.step == 0
         length = images + tree_vdot(o, g)
-        k = tree_add_scale(k, -jnp.where(first, 0, tree_vdot(k, g) / length), o)
+        k = tree_add_scale(k, -tree_vdot(k, g) / length, o)  # o is 0 at the first image
         shortened = tree_scale(1 - tree_vdot(o, g) / length, o)
         return k, jax.tree.map(partial(jnp.where, first), g, shortened)
 

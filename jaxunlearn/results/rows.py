@@ -86,7 +86,8 @@ def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mappi
 
     Args:
       records: result records of one benchmark and protocol; flags and companions may be missing or None.
-      defaults: hyperparameters of each method when nothing is set; those of a method not named here are all shown.
+      defaults: hyperparameters of each method when nothing is set; of a method not named here all are shown, or, of
+        several variants, those in which they differ.
     """
     rows = [_row(*key, group, fmean(map(_seconds, group))) for key, group in grouped(records, defaults).items()]
     rows.sort(key=lambda row: -row.mean["symmetric_score"] if row.learned else float("inf"))
@@ -101,12 +102,20 @@ def grouped(
 ) -> dict[tuple[str, str], list[Record]]:
     """The records of each row that `summarize` makes of them, but `pretrained`, by its method and variant."""
     groups: dict[tuple[str, str], list[Record]] = {}
+    alike = {method: _alike(records, method) for method in {record["method"] for record in records} - {*defaults}}
     for record in records:
-        usual = defaults.get(record["method"], {})
+        usual = defaults.get(record["method"], alike.get(record["method"], {}))
         changed = {k: v for k, v in record["hyperparameters"].items() if k not in usual or usual[k] != v}
         variant = printable(" ".join(f"{name}={value}" for name, value in changed.items()))
         groups.setdefault((record["method"], variant), []).append(record)
     return groups
+
+
+def _alike(records: Sequence[Record], method: str) -> dict[str, Any]:
+    """The hyperparameters that a method has in all of its records, none where the records differ in nothing."""
+    first, *others = [record["hyperparameters"] for record in records if record["method"] == method]
+    shared = {name: value for name, value in first.items() if all(name in own and own[name] == value for own in others)}
+    return shared if any(own != first for own in others) else {}
 
 
 def _seconds(record: Mapping[str, Any]) -> float:
