@@ -3,6 +3,7 @@
 Dot products and sums of trees are optax's: `tree_vdot` and `tree_add_scale` of `optax.tree_utils`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,17 @@ PyTree = Any
 def zeros(params: PyTree, state: Any) -> PyTree:
     """Where the sum of a pass over gradients begins: a `Pass`'s `init`."""
     return tree_zeros_like(params)
+
+
+def in_eval_mode(
+    context: Any, params: PyTree, state: Any, batch: Any, loss: Callable[[jax.Array, jax.Array], jax.Array]
+) -> PyTree:
+    """The gradient of loss(logits f32[B, C], labels i32[B]), a scalar, of a batch that the model sees in eval mode."""
+
+    def objective(params: PyTree) -> jax.Array:
+        return loss(context.apply_eval(params, state.batch_stats, batch.images), batch.labels)
+
+    return jax.grad(objective)(params)
 
 
 def norm(gradients: PyTree) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxunlearn.errors import UserError
-from jaxunlearn.ingredients.gradients import zeros
+from jaxunlearn.ingredients.gradients import in_eval_mode, zeros
 from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.ingredients.masks import freeze_outside, largest
 from jaxunlearn.methods.rule import Pass, UnlearningRule, descend, init_state, relabelled
@@ -35,11 +35,10 @@ def rule(context, *, share: float = 0.5) -> UnlearningRule:
         return init_state(context, params, batch_stats, key, extra=everything)
 
     def add(params, state, total, batch):
-        def loss(params):
-            logits = context.apply_eval(params, state.batch_stats, batch.images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).sum()
+        def loss(logits, labels):
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
 
-        return jax.tree.map(jnp.add, total, jax.grad(loss)(params))
+        return jax.tree.map(jnp.add, total, in_eval_mode(context, params, state, batch, loss))
 
     def choose(params, state, total):
         return params, state._replace(extra=largest(jax.tree.map(jnp.abs, total), share))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from optax.tree_utils import tree_scale
 
-from jaxunlearn.ingredients.gradients import zeros
+from jaxunlearn.ingredients.gradients import in_eval_mode, zeros
 from jaxunlearn.methods.rule import Pass, UnlearningRule, cross_entropy, init_state
 
 
@@ -30,10 +30,8 @@ def dampen_by(context, loss: Callable, measure: Callable, alpha: float, dampenin
         return init_state(context, params, batch_stats, key, extra=jax.tree.map(jnp.zeros_like, params))
 
     def add(params, state, total, batch):
-        def objective(params):
-            return loss(context.apply_eval(params, state.batch_stats, batch.images), batch.labels)
-
-        return jax.tree.map(lambda sum, gradient: sum + measure(gradient), total, jax.grad(objective)(params))
+        gradients = in_eval_mode(context, params, state, batch, loss)
+        return jax.tree.map(lambda sum, gradient: sum + measure(gradient), total, gradients)
 
     def keep(params, state, total):
         return params, state._replace(extra=tree_scale(1 / state.step, total))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from optax.tree_utils import tree_add_scale, tree_scale, tree_sub, tree_vdot
 
 from jaxunlearn.errors import UserError
-from jaxunlearn.ingredients.gradients import zeros
+from jaxunlearn.ingredients.gradients import in_eval_mode, zeros
 from jaxunlearn.methods.rule import Pass, UnlearningRule, cross_entropy, init_state
 
 ranges = {"images": (500, 2000)}
@@ -36,14 +36,7 @@ def rule(context, *, alpha: float = 3.0, images: int = 1000) -> UnlearningRule:
         raise UserError(f"images is {images}: it must be at least 1")
 
     def init(params, batch_stats, key):
-        v = jax.tree.map(jnp.zeros_like, params)
-        return init_state(context, params, batch_stats, key, extra=(v, jnp.zeros(())))
-
-    def gradient(params, state, batch):
-        def loss(params):
-            return cross_entropy(context.apply_eval(params, state.batch_stats, batch.images), batch.labels)
-
-        return jax.grad(loss)(params)
+        return init_state(context, params, batch_stats, key, extra=start(params, None))
 
     def start(params, state):
         return zeros(params, state), jnp.zeros(())
@@ -51,7 +44,8 @@ def rule(context, *, alpha: float = 3.0, images: int = 1000) -> UnlearningRule:
     def add(params, state, carry, batch):
         total, count = carry
         size = len(batch.labels)
-        return tree_add_scale(total, size, gradient(params, state, batch)), count + size
+        g = in_eval_mode(context, params, state, batch, cross_entropy)
+        return tree_add_scale(total, size, g), count + size
 
     def keep(params, state, carry):
         return params, state._replace(extra=carry)
@@ -63,7 +57,7 @@ def rule(context, *, alpha: float = 3.0, images: int = 1000) -> UnlearningRule:
 
     def invert(params, state, carry, batch):
         k, o = carry
-        g = gradient(params, state, batch)
+        g = in_eval_mode(context, params, state, batch, cross_entropy)
         first = state.step == 0
         length = images + tree_vdot(o, g)
         k = tree_add_scale(k, -tree_vdot(k, g) / length, o)  # o is 0 at the first image
