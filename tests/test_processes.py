@@ -99,8 +99,12 @@ def ends(running):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, compiled):
-    """What one process makes of the two seeds."""
-    job = Job(tmp_path_factory.mktemp("alone"), compiled, "two seeds")
+    """What one process makes of the two seeds, a device each as in two processes.
+
+    On one device the seeds are one product of matrices, in whose sums XLA takes another order on some processors (seen
+    on Zen 3, not on Zen 5): the same to rounding (test_pretraining.py), not to the bit.
+    """
+    job = Job(tmp_path_factory.mktemp("alone"), compiled, "two seeds", "--devices", "2")
     assert job.finish() == ""
     return job.outcome()
 
@@ -109,7 +113,7 @@ def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, 
     pair = Pair(tmp_path, compiled, "--json")
     out = pair.finish()
     assert len(out.splitlines()) == 2 and all(line.startswith('{"schema"') for line in out.splitlines())
-    assert pair.jobs[0].outcome() == alone  # to the bit: seeds do not feel each other
+    assert pair.jobs[0].outcome() == alone  # to the bit: it does not matter whose the devices are
     assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", *COMPILED}  # which the tests have made
 
 
