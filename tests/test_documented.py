@@ -44,7 +44,7 @@ NOT_RUN = {
 # is compiled once for all pages.
 SMALLER = {
     "bench": ["--devices", "1", "--batch-size", "32", "--drop-last"],  # as small benchmarks have it themselves
-    "tune": ["--devices", "1", "--trials", "1", "--train-limit", "350"],  # of which 320 are trained on, as elsewhere
+    "tune": ["--devices", "1", "--trials", "1"],
     "audit": ["--devices", "1", "--models", "4", "--together", "1"],
 }
 GROUP = ("retain_finetune",)  # stands for every group of methods
@@ -72,6 +72,8 @@ def everywhere() -> list[tuple[str, Block]]:
 def smaller(words: list[str]) -> list[str]:
     """The arguments of `jaxunlearn`, smaller: what comes last is what counts."""
     more = list(SMALLER.get(words[0], []))
+    if words[0] == "tune" or "--validation" in words:
+        more += ["--train-limit", "350"]  # of which 320 are trained on, as elsewhere
     if "--seeds" in words:
         more += ["--seeds", str(parse_seeds(words[words.index("--seeds") + 1])[0])]
     return words + more
