@@ -250,6 +250,8 @@ def test_pictures_are_of_the_class_that_is_answered_or_of_the_forgotten_images(t
     assert thumbnails.answers(record, tmp_path, None)[0].pictures == []
     record["dataset"]["digest"] = "0123456789abcdef"  # the run saw other images
     assert thumbnails.answers(record, None, dataset)[0].pictures == []
+    record["dataset"]["digest"] = dataset.digest
+    assert thumbnails.answers(record | {"companions": None}, tmp_path / "kept.npz", dataset) == []  # of version 1
 
 
 def test_a_page_shows_pictures_with_the_names_of_classes(tmp_path):

@@ -47,12 +47,16 @@ def datasets(names: Iterable[str], data_dir: Path | None, cache_dir: Path) -> tu
 def answers(record: Mapping[str, Any], predictions: Path | None, dataset: Dataset | None) -> list[Answer]:
     """The most frequent answers to the forgotten class's training images in a record, most frequent first.
 
+    None of a record without companions.
+
     Args:
       predictions: where the run may have left what its model says of each image (`--keep-predictions`); None:
         nobody knows.
     """
     beside = record["companions"]
-    counts = np.asarray(beside["forgotten_as"]["train"]) if beside else np.zeros(0, int)
+    if not beside:
+        return []
+    counts = np.asarray(beside["forgotten_as"]["train"])
     order = [int(label) for label in np.argsort(-counts, kind="stable")[:ANSWERS] if counts[label]]
     digest = record["dataset"]["digest"]
     if dataset is not None and digest not in (None, dataset.digest):
