@@ -19,7 +19,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from optax.tree_utils import tree_add_scale, tree_scale, tree_split_key_like
+from jax.flatten_util import ravel_pytree
+from optax.tree_utils import tree_add_scale, tree_scale
 
 from jaxunlearn.errors import UserError
 from jaxunlearn.ingredients.gradients import zeros
@@ -47,22 +48,25 @@ def rule(
 
         return jax.lax.fori_loop(0, len(log_p), of_class, total)
 
-    def noisy(weight, key, fisher, limit, of_head):
+    def noisy(weight, noise, fisher, limit, of_head):
         variance = alpha * jnp.minimum(1 / (fisher + 1e-8), limit)
         if weight.ndim > 1:
             variance = jnp.broadcast_to(variance.mean(-2, keepdims=True), weight.shape)
         if of_head:
             weight, variance = weight.at[..., forgotten].set(0), variance.at[..., forgotten].set(1e-4)
         variance *= 10 if of_head or weight.ndim == 1 else 1
-        return weight + jnp.sqrt(variance) * jax.random.normal(key, weight.shape, weight.dtype)
+        return weight + jnp.sqrt(variance) * noise
 
     def scatter(params, state, total):
-        keys, fisher = tree_split_key_like(state.key, params), tree_scale(1 / state.step, total)
+        # One draw for all: VGG-16-BN's compiles in 8 s on a CPU core, where one draw a tensor took 34.
+        flat, like_params = ravel_pytree(params)
+        noise = like_params(jax.random.normal(state.key, flat.shape, flat.dtype))
+        fisher = tree_scale(1 / state.step, total)
         after = {}
         for name in params:
             of_head = name == head
-            noise = partial(noisy, limit=largest_of_head if of_head else largest, of_head=of_head)
-            after[name] = jax.tree.map(noise, params[name], keys[name], fisher[name])
+            add_noise = partial(noisy, limit=largest_of_head if of_head else largest, of_head=of_head)
+            after[name] = jax.tree.map(add_noise, params[name], noise[name], fisher[name])
         return after, state
 
     one = Pass("retain", zeros, add, scatter, images=images or None, batch_size=1)
