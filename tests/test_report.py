@@ -156,13 +156,17 @@ def test_records_of_speed_are_told_apart_and_strangers_ones_are_drawn(tmp_path):
     assert "fp32" not in page.text and "a card" in page.text and "4 seeds" in page.text
 
 
-def test_audits_of_more_models_are_tables_of_their_own(tmp_path):
+def test_audits_of_other_models_are_tables_of_their_own(tmp_path):
     record = json.loads((ROOT / "results/audit/resnet20-digits-class0/scrub-N32.json").read_text())
     others = [{"models": 64}, {"hyperparameters": {"temperature": 8.0}}, {"finished_at": "2099"}]
     others += [{"protocol": record["protocol"] | {"pretrain_epochs": 9}}]
+    originals = record["attacks"]["pretrained"] | {"population_auc": 0.25}
+    others += [{"method": "salun", "attacks": record["attacks"] | {"pretrained": originals}}]
     paths = [put(tmp_path / f"{i}.json", record | change) for i, change in enumerate([{}, *others])]
     page = Page(pages.make_page(gathering.gather(paths), {}))
-    assert page.text.count("By the margin of the true class") == 3  # 32 and 64 models, and another protocol
+    # 32, 64 and 32 other models, and another protocol; nobody stands beside the untouched originals of others.
+    assert page.text.count("By the margin of the true class") == 4
+    assert page.text.count("N = 32, set 2 of originals and retrained models") == 1 and "0.250" in page.text
     assert "scrub temperature=8.0" in page.text and "values at different N do not compare" in page.text
     assert len(page.ids) == len(set(page.ids))
     stranger = put(tmp_path / "x.json", record | {"environment": {}})

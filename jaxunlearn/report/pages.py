@@ -199,22 +199,28 @@ def _answers(record: Mapping[str, Any], at: At) -> dict[str, Any]:
 
 
 def _audit(board: Board, at: At) -> dict[str, Any]:
-    """Audits of one benchmark and protocol; those of more models are tables of their own."""
-    parts = []
-    for models in sorted({record["models"] for record in board.records}):
-        alike = [record for record in board.records if record["models"] == models]
+    """Audits of one benchmark and protocol; those of more models, or of other references, are tables of their own."""
+    sets: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for record in board.records:
+        references = json.dumps([record["attacks"][name] for name in ("pretrained", "retrained")], sort_keys=True)
+        sets.setdefault((record["models"], references), []).append(record)
+    parts: list[dict[str, Any]] = []
+    for (models, references), alike in sorted(sets.items(), key=lambda item: item[0][0]):
         records = [
             max(several, key=lambda record: record["finished_at"]) | {"method": f"{method} {variant}".strip()}
             for (method, variant), several in grouped(alike, boards.defaults_of(alike)).items()
         ]
-        own = slug(board.bench, "audit", f"N{models}", of=board.about["protocol"])
+        own = slug(board.bench, "audit", f"N{models}", of=board.about["protocol"] + references)
+        earlier = sum(part["models"] == models for part in parts)
+        heading = f"N = {models}" + (f", set {earlier + 1} of originals and retrained models" if earlier else "")
         tables = []
         for statistic, title in showing.TITLES.items():
             rows = [[name, *showing.cells(attacks, statistic)] for name, attacks in showing.rows(records)]
             tables.append({"title": title, "rows": [[text_of("", cell) for cell in row] for row in rows]})
         notes = [printable(line) for line in showing.remarks(records, "±")]
         drawn = at.drawn(plots.audit_plots(records), own)
-        parts.append({"id": own, "models": models, "tables": tables, "notes": notes, "plots": drawn})
+        about = {"id": own, "models": models, "heading": heading}
+        parts.append(about | {"tables": tables, "notes": notes, "plots": drawn})
     return {
         "id": slug(board.bench, "audit", of=board.about["protocol"]),
         **{name: text_of(name, value) for name, value in board.about.items()},
