@@ -200,33 +200,38 @@ def _answers(record: Mapping[str, Any], at: At) -> dict[str, Any]:
 
 def _audit(board: Board, at: At) -> dict[str, Any]:
     """Audits of one benchmark and protocol; those of more models, or of other references, are tables of their own."""
-    sets: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    sets: dict[int, dict[str, list[dict[str, Any]]]] = {}  # by N and by what the references' attacks gave
     for record in board.records:
         references = json.dumps([record["attacks"][name] for name in ("pretrained", "retrained")], sort_keys=True)
-        sets.setdefault((record["models"], references), []).append(record)
-    parts: list[dict[str, Any]] = []
-    for (models, references), alike in sorted(sets.items(), key=lambda item: item[0][0]):
-        records = [
-            max(several, key=lambda record: record["finished_at"]) | {"method": f"{method} {variant}".strip()}
-            for (method, variant), several in grouped(alike, boards.defaults_of(alike)).items()
-        ]
-        own = slug(board.bench, "audit", f"N{models}", of=board.about["protocol"] + references)
-        earlier = sum(part["models"] == models for part in parts)
-        heading = f"N = {models}" + (f", set {earlier + 1} of originals and retrained models" if earlier else "")
-        tables = []
-        for statistic, title in showing.TITLES.items():
-            rows = [[name, *showing.cells(attacks, statistic)] for name, attacks in showing.rows(records)]
-            tables.append({"title": title, "rows": [[text_of("", cell) for cell in row] for row in rows]})
-        notes = [printable(line) for line in showing.remarks(records, "±")]
-        drawn = at.drawn(plots.audit_plots(records), own)
-        about = {"id": own, "models": models, "heading": heading}
-        parts.append(about | {"tables": tables, "notes": notes, "plots": drawn})
+        sets.setdefault(record["models"], {}).setdefault(references, []).append(record)
+    parts = [
+        _audit_part(board, models, number, alike, at)
+        for models, found in sorted(sets.items())
+        for number, alike in enumerate(found.values(), 1)
+    ]
     return {
         "id": slug(board.bench, "audit", of=board.about["protocol"]),
         **{name: text_of(name, value) for name, value in board.about.items()},
         "columns": ["", *showing.SEPARATIONS, *showing.DISTANCES],
         "parts": parts,
     }
+
+
+def _audit_part(board: Board, models: int, number: int, alike: list[dict[str, Any]], at: At) -> dict[str, Any]:
+    """Audits by N models each that share their references: the `number`th such set."""
+    heading = f"N = {models}" + (f", set {number} of originals and retrained models" if number > 1 else "")
+    records = [
+        max(several, key=lambda record: record["finished_at"]) | {"method": f"{method} {variant}".strip()}
+        for (method, variant), several in grouped(alike, boards.defaults_of(alike)).items()
+    ]
+    own = slug(board.bench, "audit", f"N{models}", of=f"{board.about['protocol']} {number}")
+    tables = []
+    for statistic, title in showing.TITLES.items():
+        rows = [[name, *showing.cells(attacks, statistic)] for name, attacks in showing.rows(records)]
+        tables.append({"title": title, "rows": [[text_of("", cell) for cell in row] for row in rows]})
+    notes = [printable(line) for line in showing.remarks(records, "±")]
+    drawn = at.drawn(plots.audit_plots(records), own)
+    return {"id": own, "heading": heading, "tables": tables, "notes": notes, "plots": drawn}
 
 
 def _speed(record: dict[str, Any], at: At) -> dict[str, Any]:
