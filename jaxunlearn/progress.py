@@ -67,7 +67,8 @@ class Reporter:
         with Progress(*columns, console=Console(stderr=True), disable=not self.shows, transient=True) as bar:
             shown = bar.add_task(title, total=epochs * steps, completed=first, text="compiling")
             last, wait = time.monotonic(), REFRESH_SECONDS if self.shows else LINE_SECONDS[0]
-            start: tuple[float, int] | None = None  # the first report: what came before was compilation
+            start: tuple[float, int] | None = None  # where speed is measured from: what came before was compilation
+            in_pieces: int | None = None  # the epoch of the first report, where that was of many steps at once
 
             def show(text: str, completed: int | None = None) -> None:
                 nonlocal wait
@@ -82,7 +83,7 @@ class Reporter:
 
             def of_epoch(epoch: int) -> Report:
                 def report(done: int, metrics: dict[str, Any]) -> None:
-                    nonlocal last, start
+                    nonlocal last, start, in_pieces
                     now, steps_done = time.monotonic(), epoch * steps + done
                     due = not self._quiet and now - last >= wait
                     if epoch < 0:
@@ -90,7 +91,10 @@ class Reporter:
                             last = now
                             show(f"passes to go: {-epoch}, batch {done}")
                         return
-                    start = start or (now, steps_done)
+                    if start is None and steps_done - first > 1:
+                        in_pieces = epoch  # a program a piece, each of which is compiled before its first report
+                    if start is None or epoch == in_pieces:
+                        start = now, steps_done
                     if self._quiet or steps_done == start[1]:
                         return
                     own = (epochs * steps - steps_done) / steps * images

@@ -59,7 +59,7 @@ def test_nothing_is_shown_where_quiet_is_asked_for(monkeypatch, clock):
 def steps_of(monkeypatch, clock, reporter, stderr, seconds, epoch=0):
     """What is said of a task of 80 epochs of 100 steps and 1,000 images, in an epoch, with so many seconds a step."""
     monkeypatch.setattr(sys, "stderr", stderr)
-    with reporter.task("[scrub]", epochs=80, steps=100, images=1000) as report:
+    with reporter.task("[scrub]", epochs=80, steps=100, images=1000, first=100 * max(0, epoch)) as report:
         for done in range(1, 100):
             clock[0] += seconds
             report(epoch)(done, {"loss": np.array([[0.5]])} if epoch >= 0 else {})
@@ -73,6 +73,16 @@ def test_a_log_has_few_lines_that_say_how_far_it_is(monkeypatch, clock):
     assert len(lines) == 4  # after one, three, seven and fifteen minutes
     passes = steps_of(monkeypatch, clock, Reporter(), io.StringIO(), 1, epoch=-2)
     assert passes == "[scrub]: passes to go: 2, batch 60\n"
+
+
+def test_an_epoch_in_pieces_is_measured_from_the_end_of_the_first_where_all_is_compiled(monkeypatch, clock):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Reporter().task("[scrub]", epochs=80, steps=100, images=1000) as report:
+        for epoch, seconds in ((0, (70, 0.001)), (1, (40, 10)), (2, (40, 10))):  # the first 90 steps, and the others
+            for done, spent in zip((90, 100), seconds, strict=True):
+                clock[0] += spent
+                report(epoch)(done, {"loss": np.array([[0.5]])})
+    assert sys.stderr.getvalue() == "[scrub]: 2%  epoch 2/80  loss 0.500  22 images/s  about 58 min to go\n"
 
 
 @pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
