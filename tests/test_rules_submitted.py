@@ -89,32 +89,44 @@ def test_zeroed_logit():
     np.testing.assert_allclose(after.batch_stats["bn"]["mean"], moved(state.batch_stats, retain, forget))
 
 
-def masked_gradient(model, retain, forget, ascent):
+def masked_gradient(model, retain, forget, ascent, each=False):
     down = gradient(lambda model: cross_entropy(model(retain), retain.labels), model)
     up = gradient(lambda model: cross_entropy(model(forget), forget.labels), model)
     spread = gradient(lambda model: (softmax(model(forget)) * log_softmax(model(forget))).sum(-1).mean(), model)
     norms = np.array([np.linalg.norm(array) for array in down])
-    free = 1 - 1 / (1 + np.exp(-10 * norms / norms.max()))
-    assert free[0] != free[1]
+    importance = [np.abs(x) / np.abs(x).max() for x in down] if each else norms / norms.max()
+    free = [1 - 1 / (1 + np.exp(-10 * i)) for i in importance]
+    assert np.any(free[0] != free[1])
     return Model(*(r - ascent * m * f + 0.1 * h for r, m, f, h in zip(down, free, up, spread, strict=True)))
 
 
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(
-    ("number", "scale", "before", "ascent"),
-    [(0, 0.3, 9, 0.3), (0, 1, 9, 0.24), (0, 5, 0, 0.15), (7, 0.3, 9, 0.15), (7, 5, 0, 0.3), (7, 5, 0.8, 0.24)],
+    ("number", "scale", "before", "ascent", "from_zero"),
+    [
+        (0, 0.3, 9, 0.3, False),
+        (0, 1, 9, 0.24, False),
+        (0, 5, 0, 0.15, False),
+        (7, 0.3, 9, 0.15, False),
+        (7, 5, 0, 0.3, False),
+        (7, 5, 0.8, 0.24, False),
+        (0, 5, 9, 0.3, True),
+        (7, 5, 0.8, 0.24, True),
+    ],
 )
-def test_importance_masked(number, scale, before, ascent):
-    """The running mean begins with the first step's loss, whatever stands there, and decides the ascent."""
-    step, _, state, retain, forget = made(importance_masked.rule)
+def test_importance_masked(number, scale, before, ascent, from_zero, each):
+    """The running mean begins with the first step's loss, or zero, whatever stands there, and decides the ascent."""
+    step, _, state, retain, forget = made(importance_masked.rule, from_zero=from_zero, each=each)
     params = jax.tree.map(lambda x: scale * x, linear_model(TEACHER)[0])
     model = in_numpy(params)
     taken, after, metrics = take_step(
         step, params, state, retain, forget, step=jnp.int32(number), extra=jnp.asarray(float(before))
     )
     loss = cross_entropy(model(retain), retain.labels)
-    mean = loss if number == 0 else 0.1 * loss + 0.9 * before
-    np.testing.assert_allclose(after.extra, mean)
-    assert_same(taken, clipped(masked_gradient(model, retain, forget, ascent))[0])
+    if number == 0:
+        before = 0 if from_zero else loss
+    np.testing.assert_allclose(after.extra, 0.1 * loss + 0.9 * before)
+    assert_same(taken, clipped(masked_gradient(model, retain, forget, ascent, each))[0])
     np.testing.assert_allclose(metrics["loss"], loss)
     np.testing.assert_allclose(after.batch_stats["bn"]["mean"], moved(state.batch_stats, retain, forget))
 

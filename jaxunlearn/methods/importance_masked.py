@@ -5,6 +5,9 @@ tensor m = 1 - sigmoid(10 i), with i = ||g_r|| over the largest ||g_r|| of any t
 where E > 2, with E = .1 CE(retain) + .9 E, the step's own loss included. g is clipped to global norm 5.
 Two forwards in train mode, retain first.
 
+Two other readings of what was submitted: `from_zero`, E begins with 0; `each`, i is of each number by itself, |g_r| over
+the largest in its tensor.
+
 For classes and samples. Its loss is CE(retain): what it descends is the gradient of no loss.
 
 Differs: E begins with the first step's loss, since how it begins is not published.
@@ -32,6 +35,8 @@ def rule(
     sharpness: float = 10.0,
     memory: float = 0.9,
     max_norm: float = 5.0,
+    from_zero: bool = False,
+    each: bool = False,
 ) -> UnlearningRule:
     def init(params, batch_stats, key):
         return init_state(context, params, batch_stats, key, extra=jnp.zeros(()))
@@ -45,13 +50,15 @@ def rule(
         # Both from one state, so both from one forward: XLA computes what is the same only once.
         spread, _, _ = differentiate(context, params, state, certainty)
         up, state, _ = differentiate(context, params, state, supervised(forget))
-        mean = jnp.where(state.step == 0, metrics["loss"], memory * state.extra + (1 - memory) * metrics["loss"])
+        before = jnp.where(state.step == 0, 0.0 if from_zero else metrics["loss"], state.extra)
+        mean = memory * before + (1 - memory) * metrics["loss"]
         weight = jnp.where(mean > limits[1], ascent[2], jnp.where(mean > limits[0], ascent[1], ascent[0]))
         norms = jax.tree.map(norm, down)
-        largest = jnp.maximum(jnp.stack(jax.tree.leaves(norms)).max(), 1e-30)
+        longest = jnp.stack(jax.tree.leaves(norms)).max()
 
         def together(down, up, spread, length):
-            free = 1 - jax.nn.sigmoid(sharpness * length / largest)
+            size, largest = (jnp.abs(down), jnp.abs(down).max()) if each else (length, longest)
+            free = 1 - jax.nn.sigmoid(sharpness * size / jnp.maximum(largest, 1e-30))
             return down - weight * free * up + entropy_weight * spread
 
         gradients = jax.tree.map(together, down, up, spread, norms)
