@@ -259,7 +259,8 @@ def test_classes_have_names_where_they_are_known():
 def audits():
     """Of the rules that were audited with one set of originals."""
     folder = RESULTS / "audit/resnet20-digits-class0"
-    return [json.loads((folder / f"{name}-N32.json").read_text()) for name in ("output_mask", "retain_finetune", "scrub")]
+    methods = ("output_mask", "retain_finetune", "scrub")
+    return [json.loads((folder / f"{method}-N32.json").read_text()) for method in methods]
 
 
 def test_audits_show_the_curves_between_untouched_and_retrained_models():

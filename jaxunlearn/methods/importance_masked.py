@@ -5,8 +5,8 @@ tensor m = 1 - sigmoid(10 i), with i = ||g_r|| over the largest ||g_r|| of any t
 where E > 2, with E = .1 CE(retain) + .9 E, the step's own loss included. g is clipped to global norm 5.
 Two forwards in train mode, retain first.
 
-Two other readings of what was submitted: `from_zero`, E begins with 0; `each`, i is of each number by itself, |g_r| over
-the largest in its tensor.
+Two other readings of what was submitted: `from_zero`, E begins with 0; `each`, i is of each number by itself, |g_r|
+over the largest in its tensor.
 
 For classes and samples. Its loss is CE(retain): what it descends is the gradient of no loss.
 
