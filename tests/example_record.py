@@ -93,6 +93,7 @@ EXAMPLE = {
         "versions": {"jaxunlearn": "0.1.0", "python": "3.11.7", "jax": "0.10.2", "scikit-learn": None},
         "device_kind": "cpu",
         "device_count": 1,
+        "trained_on": {"pretrain": ["cpu"], "unlearn": ["cpu"]},
         "deterministic": True,
         "cpu": {"model": "a processor", "cores": 2, "compiled_kernels": True},
         "git_commit": None,

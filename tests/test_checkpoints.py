@@ -52,7 +52,7 @@ def entry(folder, protocol=PROTOCOL, digest="d", seed=42, without=None, attempt=
 def saved(epoch, step=0, diverged=None):
     leaves = {name: np.array(leaf if leaf.dtype == bool else leaf + epoch, leaf.dtype) for name, leaf in LEAVES.items()}
     sums = {"loss": [0.1 * n for n in range(epoch)] + [None]}
-    return Saved(leaves, Position(epoch, step), 1.5 * epoch, diverged, sums, 0.5 * epoch)
+    return Saved(leaves, Position(epoch, step), 1.5 * epoch, diverged, sums, 0.5 * epoch, {}, ("a card", "cpu"))
 
 
 def assert_same(one, other):
@@ -69,6 +69,17 @@ def test_round_trip_keeps_everything_and_removes_what_it_replaces(tmp_path):
         assert [path.name for path in entry(tmp_path).folder.iterdir()] == [one.position.name]
     discard(entry(tmp_path))
     assert not entry(tmp_path).folder.exists()
+
+
+def test_a_checkpoint_from_before_devices_were_counted_names_the_last(tmp_path, monkeypatch):
+    save = Checkpointer.save
+
+    def older(self, *arguments, custom_metadata, **options):
+        save(self, *arguments, custom_metadata={k: v for k, v in custom_metadata.items() if k != "devices"}, **options)
+
+    monkeypatch.setattr(Checkpointer, "save", older)
+    save_together([entry(tmp_path)], [saved(1)])
+    assert load_together([entry(tmp_path)], abstract)[0].devices == (jax.devices()[0].device_kind,)
 
 
 def test_nothing_saved_is_none(tmp_path):

@@ -133,6 +133,21 @@ def test_a_run_that_stops_anywhere_goes_on_from_there_and_ends_the_same(tmp_path
         assert all(0 < mean < 5 for means in curve.values() for mean in means)
 
 
+@pytest.mark.cpu
+def test_what_began_on_another_device_names_both(tmp_path, monkeypatch):
+    save = Checkpointer.save
+
+    def elsewhere(self, *arguments, custom_metadata, **options):
+        save(self, *arguments, custom_metadata=custom_metadata | {"devices": ["a card"]}, **options)
+
+    with monkeypatch.context() as other, pytest.raises(KeyboardInterrupt):
+        other.setattr(Checkpointer, "save", elsewhere)
+        stop_after(other, 7)
+        results(request_of(tmp_path, protocol=STEPPED))
+    (record,) = results(request_of(tmp_path, protocol=STEPPED))
+    assert record["environment"]["trained_on"] == {"pretrain": ["a card", "cpu"], "unlearn": ["cpu"]}
+
+
 def test_a_rule_that_takes_no_step_changes_the_model_once(tmp_path, monkeypatch):
     rule = tmp_path / "half.py"
     rule.write_text(

@@ -102,6 +102,16 @@ def test_pretrained_counts_each_seed_once():
     assert [row.method for row in summarize([make("retrain") | {"before": None}], {})] == ["retrain"]
 
 
+def test_seconds_on_another_device_than_the_records_are_left_out():
+    def trained(kind, seed):
+        return make("retrain", seed) | {"environment": {"device_kind": "cpu", "trained_on": {"unlearn": kind}}}
+
+    kinds = (["cpu"], ["NVIDIA H200"], ["NVIDIA H200", "cpu"])
+    here, *elsewhere = (trained(kind, seed) for seed, kind in enumerate(kinds))
+    assert summarize([here, *elsewhere], {})[1].seconds == summarize([here], {})[1].seconds == 10.5
+    assert summarize(elsewhere, {})[1].seconds is None
+
+
 def test_diverged_seeds_are_counted_not_averaged():
     some = [make("scrub", 0), make("scrub", 1, None), make("scrub", 2, None)]
     row = line(render(some), "scrub")

@@ -45,7 +45,8 @@ def test_committed_records_are_read(path):
     old, new = json.loads(path.read_text()), read(path)
     assert list(new) == list(load_schema()["properties"]) and new["schema"] == VERSION
     if old.get("schema") == VERSION:
-        assert new == old | {"protocol": {"validation": False} | old["protocol"]}
+        later = {"protocol": {"validation": False}, "environment": {"trained_on": {}}}
+        assert new == old | {name: value | old[name] for name, value in later.items()}
     elif "schema" in old:
         assert contains(new, {name: value for name, value in old.items() if name != "schema"})
     else:
@@ -104,12 +105,14 @@ def test_the_oldest_records_knew_less():
         place(old, name, DROPPED)
     for name in ("timing.checkpoint_s", "environment.deterministic", "environment.cpu.compiled_kernels"):
         place(old, name, DROPPED)
+    place(old, "environment.trained_on", DROPPED)
     for name in ("protocol.pretrain_schedule", "protocol.unlearn_augment"):
         place(old, name, DROPPED)
     new = upgrade(old)
     check(new)
     assert new["dataset"] == {"digest": None, "verified": None} and new["before"] is None and new["attempts"] == {}
     assert new["flags"]["collapsed"] is None and new["timing"]["checkpoint_s"] is None
+    assert new["environment"]["trained_on"] == {}
     assert new["environment"]["deterministic"] is None and new["environment"]["cpu"]["compiled_kernels"] is None
     assert new["protocol"]["pretrain_schedule"] == "cosine" and new["protocol"]["unlearn_augment"] is True
     assert list(new["protocol"]) == [field.name for field in dataclasses.fields(PROTOCOL)]

@@ -112,7 +112,7 @@ def _existing(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the record {path} ({error}): pass --force to replace it") from error
     if not all(isinstance(record.get(key), dict) for key in ("protocol", "hyperparameters")) or "status" not in record:
         raise UserError(f"{path} is not a result record: pass --force to replace it")
-    return record | {"protocol": schema.LATER | record["protocol"]}
+    return record | {"protocol": schema.LATER["protocol"] | record["protocol"]}
 
 
 def parse(path: Path) -> dict[str, Any]:

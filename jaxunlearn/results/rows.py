@@ -89,7 +89,7 @@ def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mappi
       defaults: hyperparameters of each method when nothing is set; of a method not named here all are shown, or, of
         several variants, those in which they differ.
     """
-    rows = [_row(*key, group, fmean(map(_seconds, group))) for key, group in grouped(records, defaults).items()]
+    rows = [_row(*key, group, _mean_seconds(group)) for key, group in grouped(records, defaults).items()]
     rows.sort(key=lambda row: -row.mean["symmetric_score"] if row.learned else float("inf"))
     rows = _compared(rows)
     # The methods of one seed share a pretrained model: it counts once.
@@ -118,9 +118,20 @@ def _alike(records: Sequence[Record], method: str) -> dict[str, Any]:
     return shared if any(own != first for own in others) else {}
 
 
-def _seconds(record: Mapping[str, Any]) -> float:
-    """What a method took after pretraining; `prepare_s` is not known apart of earlier versions' records."""
+def _seconds(record: Mapping[str, Any]) -> float | None:
+    """What a method took after pretraining; `prepare_s` is not known apart of earlier versions' records.
+
+    None where some of it was on another kind of device than the record names.
+    """
+    environment = record.get("environment") or {}
+    if any(kind != environment["device_kind"] for kind in environment.get("trained_on", {}).get("unlearn", ())):
+        return None
     return sum(record["timing"].get(name) or 0.0 for name in ("prepare_s", "unlearn_s", "evaluate_s"))
+
+
+def _mean_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
+    known = [seconds for seconds in map(_seconds, records) if seconds is not None]
+    return fmean(known) if known else None
 
 
 def _before(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.errors import printable
 
 VERSION = 3
-LATER = {"validation": False}  # of the protocol, what came after the first records of version 2: as it was there
+# What came after the first records of a version: as it was there.
+LATER: dict[str, dict[str, Any]] = {"protocol": {"validation": False}, "environment": {"trained_on": {}}}
 
 LONGEST = 60  # characters of a value in a message
 TYPES = {
@@ -55,9 +56,9 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of any version as one of `VERSION`, in that version's order; `record` itself stays as it is.
 
     What earlier versions did not know is None; fields that the protocol got later have their defaults, which is what
-    runs did before; `attempts` is empty, `unlearn_seed` 0. In version 1 `unlearn_s` had in it what is now
-    `prepare_s`. With `protocol.mia_augment` the area of version 1 was the one of augmented images. What does not fit
-    stays where it was, for `check` to find.
+    runs did before; `attempts` and `environment.trained_on` are empty, `unlearn_seed` 0. In version 1 `unlearn_s` had
+    in it what is now `prepare_s`. With `protocol.mia_augment` the area of version 1 was the one of augmented images.
+    What does not fit stays where it was, for `check` to find.
 
     Raises:
       ValueError: the record is of a newer version.
@@ -66,8 +67,9 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
         version, new = record["schema"], dict(record)
         if isinstance(version, int) and version > VERSION:
             raise ValueError("written by a newer version of jaxunlearn: update it")
-        if isinstance(protocol := new.get("protocol"), dict):
-            new["protocol"] = LATER | protocol
+        for name, later in LATER.items():
+            if isinstance(value := new.get(name), dict):
+                new[name] = _ordered(later | value, load_schema()["properties"][name]["properties"])
         return _from_version_2(new) if version == 2 else new
     given = {"unlearn_seed": 0, "curves": {}, "scored": "last", "dataset": {}, "attempts": {}} | dict(record)
     flags = {"collapsed": given.pop("collapsed", None)}
@@ -77,6 +79,7 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
         new[name] = _filled(new[name], known[name])
     if isinstance(environment := new["environment"], dict):
         environment["cpu"] = _filled(environment["cpu"], known["environment"]["properties"]["cpu"])
+        environment["trained_on"] = environment["trained_on"] or {}
     if isinstance(protocol := new["protocol"], dict):
         defaults = {field.name: field.default for field in dataclasses.fields(Protocol)}
         settings = (defaults | protocol).items()

@@ -59,6 +59,7 @@ def make_record(
         "companions_s": timing.get("companions_s", 0.0) / shares,
         "checkpoint_s": common.get("checkpoint_s", 0.0) / count + timing.get("checkpoint_s", 0.0) / shares,
     }
+    trained_on = {"pretrain": list(pretrained.devices[i]), "unlearn": list(unlearned.devices[index])}
     throughput = {
         "pretrain_images_per_s": images / pretrain_s if pretrain_s and untrained_in != "pretrain" else None,
         "unlearn_steps_per_s": steps / unlearn_s if steps and unlearn_s and not untrained_in else None,
@@ -88,7 +89,7 @@ def make_record(
         "dataset": {"digest": run.digest, "verified": run.verified},
         "timing": {name: round(value, 3) for name, value in seconds.items()},
         "throughput": {name: rate and round(rate, 3) for name, rate in throughput.items()},
-        "environment": run.environment,
+        "environment": run.environment | {"trained_on": trained_on},
         "status": "diverged" if diverged_at else "untrained" if untrained_in else "ok",
         "diverged_at": diverged_at,
         "untrained_in": untrained_in,

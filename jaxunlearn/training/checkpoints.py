@@ -60,6 +60,7 @@ class Saved(NamedTuple):
     sums: Sums  # of the metrics; None where they are not known or not finite
     prepared: float = 0.0  # of the seconds, those before the first epoch
     evaluated: Evaluated = {}  # noqa: RUF012 -- read only
+    devices: Sequence[str] = ()  # the kinds that it was trained on; empty: not known
 
 
 class Entry(NamedTuple):
@@ -226,7 +227,8 @@ def load(entry: Entry, position: Position, abstract: Shapes) -> Saved | None:
         leaves = _orbax().restore(path)
         leaves |= {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if not x.size}
         known = about.get("seconds", 0.0), about.get("diverged"), about.get("sums", {}), about.get("prepared", 0.0)
-        saved = Saved(leaves, position, *known, about.get("evaluated", {}))
+        devices = about.get("devices", [about["device"]] if "device" in about else [])
+        saved = Saved(leaves, position, *known, about.get("evaluated", {}), tuple(devices))
         if about.get("digest") != _digest(entry, saved):
             raise ValueError("it is not what was written")
         if about.get("precision") == "fp32" and about.get("device", "cpu") != "cpu" and "arithmetic" not in about:
@@ -251,7 +253,7 @@ def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
         for entry, one in zip(entries, saved, strict=True):
             written: dict[str, Any] = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
             written |= {"sums": one.sums, "prepared": one.prepared, "evaluated": one.evaluated}
-            written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+            written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "devices": list(one.devices)}
             written |= {"arithmetic": entry.about["precision"]}  # before, GPUs' fp32 was TF32
             leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
             about = entry.about | group | written

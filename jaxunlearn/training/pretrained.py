@@ -1,6 +1,7 @@
 """Models for a run; pretrained ones from given weights."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Models(NamedTuple):
     curves: list[Curves]  # of its training; empty where no metric is known, as of a model that was given
     prepared: list[float]  # of the seconds, those before the first epoch
     evaluated: list[Evaluated]  # what each was worth on the way; empty where nobody asked
+    devices: list[Sequence[str]]  # the kinds that each was trained on; none where it was given, or nobody knows
 
 
 def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
@@ -47,6 +49,7 @@ def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
         [{}] * count,
         [0.0] * count,
         [{}] * count,
+        [()] * count,
     )
 
 
@@ -78,4 +81,5 @@ def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh
         [{}] * num_seeds,
         [0.0] * num_seeds,
         [{}] * num_seeds,
+        [()] * num_seeds,
     )

@@ -79,6 +79,7 @@ class Trained(NamedTuple):
     curves: list[Curves]  # empty where no metric is known
     prepared: list[float]  # of the seconds, those before the first epoch
     evaluated: list[Evaluated]  # what was found on the way
+    devices: list[Sequence[str]]  # the kinds that it was trained on
 
 
 def train(
@@ -157,6 +158,7 @@ def train(
         [_curves(one, whole.training.steps_per_epoch) for one in done],
         [one.prepared for one in done],
         [one.evaluated for one in done],
+        [one.devices for one in done],
     )
 
 

@@ -43,6 +43,8 @@ class Saving:
         self._entries, self._steps, self._timing, self._every = entries, steps, timing, every
         self._seconds = [one.seconds for one in before] or [0.0] * len(entries)
         self._prepared = [one.prepared for one in before] or [0.0] * len(entries)
+        here = jax.devices()[0].device_kind
+        self._devices = [sorted({*one.devices, here}) for one in before] or [[here]] * len(entries)
         self._entered = self.sums
         self._start = self._last = time.perf_counter()
         self._not_training = self._overhead()
@@ -79,10 +81,8 @@ class Saving:
 
     def _save(self, state: Any, position: Position) -> None:
         spent, states = self._spent(), to_host(state, len(self._entries))
-        self._saved = [
-            Saved(leaves_of(one), position, spent[i], self.diverged[i], self.sums[i], self._prepared[i], evaluated)
-            for i, (one, evaluated) in enumerate(zip(states, self._evaluated, strict=True))
-        ]
+        known = zip(spent, self.diverged, self.sums, self._prepared, self._evaluated, self._devices, strict=True)
+        self._saved = [Saved(leaves_of(one), position, *own) for one, own in zip(states, known, strict=True)]
         self._wait()
         if leads():
             self._writing = self._thread.submit(save_together, self._entries, self._saved)
