@@ -63,23 +63,21 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the record is of a newer version.
     """
+    version, new, known = record.get("schema"), dict(record), load_schema()["properties"]
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError("written by a newer version of jaxunlearn: update it")
+    for name, later in LATER.items():
+        if isinstance(value := new.get(name), dict):
+            new[name] = _ordered(later | value, known[name]["properties"])
     if "schema" in record:
-        version, new = record["schema"], dict(record)
-        if isinstance(version, int) and version > VERSION:
-            raise ValueError("written by a newer version of jaxunlearn: update it")
-        for name, later in LATER.items():
-            if isinstance(value := new.get(name), dict):
-                new[name] = _ordered(later | value, load_schema()["properties"][name]["properties"])
         return _from_version_2(new) if version == 2 else new
-    given = {"unlearn_seed": 0, "curves": {}, "scored": "last", "dataset": {}, "attempts": {}} | dict(record)
+    given = {"unlearn_seed": 0, "curves": {}, "scored": "last", "dataset": {}, "attempts": {}} | new
     flags = {"collapsed": given.pop("collapsed", None)}
-    known = load_schema()["properties"]
     new = dict.fromkeys(known) | given | {"schema": VERSION, "flags": flags}
     for name in ("before", "curves", "flags", "dataset", "timing", "throughput", "environment"):
         new[name] = _filled(new[name], known[name])
     if isinstance(environment := new["environment"], dict):
         environment["cpu"] = _filled(environment["cpu"], known["environment"]["properties"]["cpu"])
-        environment["trained_on"] = environment["trained_on"] or {}
     if isinstance(protocol := new["protocol"], dict):
         defaults = {field.name: field.default for field in dataclasses.fields(Protocol)}
         settings = (defaults | protocol).items()
