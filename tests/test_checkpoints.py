@@ -55,6 +55,17 @@ def saved(epoch, step=0, diverged=None):
     return Saved(leaves, Position(epoch, step), 1.5 * epoch, diverged, sums, 0.5 * epoch, {}, ("a card", "cpu"))
 
 
+def save_saying(monkeypatch, without, **changes):
+    """From here on checkpoints say other things of themselves, and one thing not."""
+    save = Checkpointer.save
+
+    def altered(self, *arguments, custom_metadata, **options):
+        kept = {name: value for name, value in custom_metadata.items() if name != without}
+        save(self, *arguments, custom_metadata=kept | changes, **options)
+
+    monkeypatch.setattr(Checkpointer, "save", altered)
+
+
 def assert_same(one, other):
     assert one[1:] == other[1:] and one.leaves.keys() == other.leaves.keys()
     for name, leaf in one.leaves.items():
@@ -72,12 +83,7 @@ def test_round_trip_keeps_everything_and_removes_what_it_replaces(tmp_path):
 
 
 def test_a_checkpoint_from_before_devices_were_counted_names_the_last(tmp_path, monkeypatch):
-    save = Checkpointer.save
-
-    def older(self, *arguments, custom_metadata, **options):
-        save(self, *arguments, custom_metadata={k: v for k, v in custom_metadata.items() if k != "devices"}, **options)
-
-    monkeypatch.setattr(Checkpointer, "save", older)
+    save_saying(monkeypatch, without="devices")
     save_together([entry(tmp_path)], [saved(1)])
     assert load_together([entry(tmp_path)], abstract)[0].devices == (jax.devices()[0].device_kind,)
 
@@ -295,13 +301,7 @@ def test_a_cache_without_locks_is_refused_in_a_line(tmp_path, monkeypatch, numbe
 )  # fmt: skip
 def test_what_a_gpu_computed_in_tf32_is_not_taken_for_fp32(tmp_path, monkeypatch, device, precision, said, used):
     one = entry(tmp_path, dataclasses.replace(PROTOCOL, precision=precision))
-    save = Checkpointer.save
-
-    def altered(self, *arguments, custom_metadata, **options):
-        kept = {name: value for name, value in custom_metadata.items() if said or name != "arithmetic"}
-        save(self, *arguments, custom_metadata=kept | {"device": device}, **options)
-
-    monkeypatch.setattr(Checkpointer, "save", altered)
+    save_saying(monkeypatch, without=None if said else "arithmetic", device=device)
     save_together([one], [saved(3)])
     if used:
         assert_same(load_together([one], abstract)[0], saved(3))
