@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -199,6 +201,31 @@ def test_a_cache_mounted_noexec_costs_only_time(noexec, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"the CPU kernels are compiled at every start ({reason}): choose another --cache-dir\n"
     )
+
+
+def test_of_those_that_start_at_once_one_compiles(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_slowly(compilers, sources, out):
+        compiled.append(out)
+        time.sleep(0.2)
+        out.write_bytes(b"a library")
+
+    def load(file):
+        if not os.path.exists(file):
+            raise OSError("not there")
+        return file
+
+    def start(number):
+        with native._turn(path):
+            return native._compile_and_load([], [], path)
+
+    monkeypatch.setattr(native, "_compile", compile_slowly)
+    monkeypatch.setattr(native.ctypes, "CDLL", load)
+    path = tmp_path / "kernels" / "x.so"
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(start, range(4))) == [str(path)] * 4
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])

@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 import jaxlib
 from jax import Array
 
-from jaxunlearn.errors import printable
-from jaxunlearn.files import default_cache, write_atomically
+from jaxunlearn.errors import UserError, printable
+from jaxunlearn.files import acquire, default_cache, make_lock, write_atomically
 from jaxunlearn.ops.batching import on_cpu
 
 SOURCES = Path(__file__).parent / "kernels"
@@ -111,7 +112,8 @@ def library() -> str | None:
         loaded = ctypes.CDLL(str(path))
     except OSError:  # not there, damaged, or where nothing may be executed
         try:
-            loaded = _compile_and_load(compilers, [source for source in sources if source.suffix == ".cc"], path)
+            with _turn(path):
+                loaded = _compile_and_load(compilers, [source for source in sources if source.suffix == ".cc"], path)
         except OSError as error:
             print(printable(f"slower than it could be: {error}"), file=sys.stderr)
             return None
@@ -136,11 +138,25 @@ def _compilers() -> list[list[str]]:
     return [own, *(command for command in found if command != own)] if own else found
 
 
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Waits while another process compiles to `path`: started at once, all would compile, each slowing the others."""
+    lock = make_lock(path.parent.parent / "locks" / f"{path.stem}.lock")
+    with suppress(UserError):  # where files cannot be locked, all do compile
+        acquire(lock, -1, "")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _compile_and_load(compilers: Sequence[Sequence[str]], sources: Sequence[Path], path: Path) -> ctypes.CDLL:
     """Loads from `path`, or where it cannot be from there, with a line on stderr, from a file that is gone afterwards.
 
     Raises OSError, whose text says why, where no compiler works or nothing can be loaded.
     """
+    with suppress(OSError):
+        return ctypes.CDLL(str(path))  # compiled by another process, while this one waited for its turn
     remedy = f"choose another {'--cache-dir' if _cache_dir else 'XDG_CACHE_HOME'}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.so"
