@@ -8,8 +8,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, norm
-from scipy.stats import t as student
+from scipy.special import betaincinv, ndtri, stdtrit
 
 LEVEL = 0.95
 FPR = 0.01  # at which the share that is caught is reported
@@ -85,18 +84,18 @@ def _standard_error(parts: np.ndarray) -> float:
 
 
 def _half_width(parts: np.ndarray) -> float:
-    return float(student.ppf((1 + LEVEL) / 2, len(parts) - 1) * _standard_error(parts))
+    return float(stdtrit(len(parts) - 1, (1 + LEVEL) / 2) * _standard_error(parts))
 
 
 def _share_interval(share: float, error: float, models: int, pairs: int) -> tuple[float, float]:
     """Korn and Graubard's interval of a share with this standard error."""
     tail = (1 - LEVEL) / 2
     if 0 < share < 1:
-        ratio = norm.ppf(1 - tail) / student.ppf(1 - tail, models - 1)
+        ratio = ndtri(1 - tail) / stdtrit(models - 1, 1 - tail)
         trials = min(pairs, share * (1 - share) / max(error, 1e-12) ** 2 * ratio**2)
     else:
         trials = models
     hits = share * trials
-    low = float(beta.ppf(tail, hits, trials - hits + 1)) if hits > 0 else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, trials - hits)) if hits < trials else 1.0
+    low = float(betaincinv(hits, trials - hits + 1, tail)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, trials - hits, 1 - tail)) if hits < trials else 1.0
     return low, high

@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from jaxunlearn.results.statistics import LEVEL
 
@@ -104,7 +104,7 @@ def agreement(ours: Sequence[float], published: float, digits: int) -> Agreement
     std = float(np.std(ours, ddof=1)) if count > 1 else None
     allowed = None
     if std is not None and count >= FEWEST:
-        allowed = float(student.ppf((1 + LEVEL) / 2, count - 1)) * _spread(std, count) + 0.5 * 10**-digits
+        allowed = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * _spread(std, count) + 0.5 * 10**-digits
     return Agreement(count, mean, std, mean - published, allowed)
 
 
@@ -115,6 +115,8 @@ def log_density(ours: Sequence[float], published: float, floor: float) -> float:
       ours: one value a seed, at least two.
       floor: s is at least this, since that of a few seeds may be small by chance. Above 0.
     """
+    from scipy.stats import t as student  # a second to import
+
     scale = _spread(max(float(np.std(ours, ddof=1)), floor), len(ours))
     return float(student.logpdf(published, len(ours) - 1, loc=np.mean(ours), scale=scale))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -35,7 +35,7 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> float | None:
     if len(values) < 2:
         return None
     deviation = np.std(np.asarray(values, np.float64), ddof=1)
-    return float(student.ppf((1 + level) / 2, len(values) - 1) * deviation / math.sqrt(len(values)))
+    return float(stdtrit(len(values) - 1, (1 + level) / 2) * deviation / math.sqrt(len(values)))
 
 
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: float = LEVEL) -> Difference | None:
