@@ -73,10 +73,15 @@ def programs_kept(cache_dir: Path) -> Iterator[None]:
     if jax.config.values["jax_compilation_cache_dir"]:
         yield
         return
+    settings: dict[str, str | float] = {"jax_compilation_cache_dir": str(cache_dir.absolute() / "xla")}
+    settings["jax_persistent_cache_min_compile_time_secs"] = 0.1
+    if jax.default_backend() == "cpu":
+        # Its path is part of every key before jax 0.11, and what a folder held was lost when it was moved or copied.
+        settings["jax_persistent_cache_enable_xla_caches"] = ""
     try:
-        with restored("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
-            jax.config.update("jax_compilation_cache_dir", str(cache_dir.absolute() / "xla"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        with restored(*settings):
+            for name, value in settings.items():
+                jax.config.update(name, value)
             compilation_cache.reset_cache()  # it keeps the folder that it was first used with
             yield
     finally:
