@@ -17,24 +17,24 @@ STEPS = 320 // 16  # an epoch of pretraining; of unlearning 18
 SETUPS = {"two seeds": ("--seeds", "1,2", "--devices", "1"), "two devices": ("--seeds", "3", "--devices", "2")}
 
 
-COMPILED = ("xla", "kernels")  # what of a cache folder is of programs
+KERNELS = "kernels"  # in a cache folder
 
 
-def share_compiled(cache, programs):
-    """Makes a cache folder whose programs are in `programs`, and whose kernels are those of the tests themselves."""
-    cache.mkdir(parents=True, exist_ok=True)
-    (default_cache() / "kernels").mkdir(parents=True, exist_ok=True)
-    for name, target in zip(COMPILED, (programs, default_cache() / "kernels"), strict=True):
-        if not (cache / name).exists():
-            (cache / name).symlink_to(target)
+def share_kernels(cache):
+    """Makes a cache folder whose kernels are those of the tests themselves."""
+    kept = default_cache() / KERNELS
+    for folder in (cache, kept):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (cache / KERNELS).exists():
+        (cache / KERNELS).symlink_to(kept)
 
 
 class Job:
-    """The tiny benchmark in a folder of its own; compiled programs are shared."""
+    """The tiny benchmark in a folder of its own; what is compiled is shared."""
 
-    def __init__(self, folder, compiled, setup, *arguments):
+    def __init__(self, folder, setup, *arguments):
         self.folder = folder
-        share_compiled(folder / "cache", compiled)
+        share_kernels(folder / "cache")
         where = ("--cache-dir", "cache", "--export-weights", "weights", "--save-every", "0")
         self.command = [sys.executable, str(Path(__file__).parent / "tiny_bench.py"), "--bench", NAME, *where]
         self.command += ["--method", *METHODS, *SETUPS[setup], *arguments]

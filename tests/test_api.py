@@ -18,7 +18,7 @@ import numpy as np
 import pandas
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from jobs import share_compiled
+from jobs import share_kernels
 from test_bench import BENCH, TINY, bench
 
 import jaxunlearn
@@ -32,7 +32,7 @@ from jaxunlearn.methods.rule import cross_entropy, loss_rule
 from jaxunlearn.runs import preparation
 from jaxunlearn.torch_style import UnlearningMethod
 
-pytestmark = pytest.mark.usefixtures("tiny_models", "compile_once")
+pytestmark = pytest.mark.usefixtures("tiny_models")
 __all__ = ["bench"]  # a fixture
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -135,6 +135,18 @@ def test_settings_of_jax_that_were_made_before_stay(run, tmp_path, monkeypatch):
     finally:
         jax.config.update("jax_compilation_cache_dir", before["jax_compilation_cache_dir"])
         compilation_cache.reset_cache()
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("cache_not_given")
+def test_a_folder_of_programs_serves_where_it_is_moved_too(tmp_path):
+    def compile_in(folder):
+        with configuration.programs_kept(folder):
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            jax.jit(lambda x: 3 * x + 1)(np.ones(5, np.float32))
+        return {path.name for path in (folder / "xla").iterdir()}
+
+    assert compile_in(tmp_path / "a") == compile_in(tmp_path / "b") != set()
 
 
 def test_every_flag_is_a_keyword():
@@ -268,8 +280,8 @@ NOTEBOOK = """
 """
 
 
-def test_ctrl_c_ends_the_run_and_not_the_kernel(tmp_path, compiled):
-    share_compiled(tmp_path / "cache", compiled)
+def test_ctrl_c_ends_the_run_and_not_the_kernel(tmp_path):
+    share_kernels(tmp_path / "cache")
     code = textwrap.dedent(NOTEBOOK).format(tests=str(Path(__file__).parent))
     inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=inherited) as kernel:

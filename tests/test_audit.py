@@ -56,7 +56,7 @@ def audit(folder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("tiny_models", "compile_once")
+@pytest.mark.usefixtures("tiny_models")
 def test_it_makes_what_is_missing_and_takes_what_is_there(audit, folder):
     status, out, err, runs = audit()
     assert (status, err) == (0, "")

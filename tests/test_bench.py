@@ -25,7 +25,7 @@ from jaxunlearn.ops import native
 from jaxunlearn.runs import preparation
 from jaxunlearn.torch_style import baselines
 
-pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
 BENCH, FASHION = "tiny-digits-class0", "tiny-fmnist-class0"
 TINY = dataclasses.replace(PROTOCOL, batch_size=64, pretrain_epochs=2, unlearn_epochs=2)

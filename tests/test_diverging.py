@@ -13,7 +13,7 @@ from jaxunlearn.training.saving import Saving
 from jaxunlearn.training.unlearning import Unlearning
 
 __all__ = ["tiny_bench"]  # a fixture
-pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
 
 def test_a_seed_that_diverges_does_not_touch_the_others(tmp_path):

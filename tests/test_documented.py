@@ -154,7 +154,7 @@ def check(words: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cpu
-@pytest.mark.usefixtures("tiny_models", "compile_once")
+@pytest.mark.usefixtures("tiny_models")
 @pytest.mark.parametrize("path", [path for path in PAGES if all_of(path)], ids=page_name)
 def test_a_page_runs_from_its_top_to_its_end(path, folder, capsys):
     for library in (

@@ -87,7 +87,7 @@ def test_where_the_library_is_missing_one_line_says_so(monkeypatch):
 
 @pytest.mark.cpu
 @pytest.mark.slow
-@pytest.mark.usefixtures("tiny_models", "compile_once")
+@pytest.mark.usefixtures("tiny_models")
 def test_a_run_that_was_stopped_has_every_value_once(tmp_path, monkeypatch):
     asked = {"seeds": (3, 4), "eval_every": 1, "tensorboard": tmp_path / "events", "save_every": 1000.0}
     stop_after(monkeypatch, 7)  # within pretraining: three epochs of five steps

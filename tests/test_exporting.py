@@ -15,7 +15,7 @@ from jaxunlearn.runs.preparation import prepare
 from jaxunlearn.training.pretraining import Pretraining
 
 __all__ = ["tiny_bench"]  # a fixture
-pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
 
 def test_given_weights_replace_pretraining(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.unlearning import Unlearning
 
 pytestmark = [
-    pytest.mark.usefixtures("tiny_models", "compile_once"),
+    pytest.mark.usefixtures("tiny_models"),
     pytest.mark.filterwarnings("ignore:.*had learned nothing"),
 ]
 __all__ = ["tiny_bench"]  # fixtures

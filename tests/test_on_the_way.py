@@ -15,7 +15,7 @@ from jaxunlearn.training.checkpoints import Position, Saved
 from jaxunlearn.training.loop import Compiled, Timing
 from jaxunlearn.training.saving import Saving
 
-pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 __all__ = ["tiny_bench"]  # a fixture
 PROTOCOL = dataclasses.replace(DIGITS, pretrain_epochs=1, unlearn_epochs=3, epoch_length="retain")
 ASKED = {"seeds": (3, 4), "protocol": PROTOCOL, "method": "retrain retain_finetune output_mask", "unlearn_seeds": 2}

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from jobs import COMPILED, Job
+from jobs import KERNELS, Job
 from safetensors.numpy import load_file
 from tiny_bench import DIGITS, NAME, NAME_X64
 
@@ -55,13 +55,11 @@ def free_port():
 
 
 class Pair:
-    """The two processes of one run; they share compiled programs to save time."""
+    """The two processes of one run."""
 
-    def __init__(self, folder, compiled, *arguments):
+    def __init__(self, folder, *arguments):
         meeting = ("--coordinator", f"localhost:{free_port()}", "--num-processes", "2")
-        self.jobs = [
-            Job(folder / str(k), compiled, "two seeds", *meeting, "--process-id", str(k), *arguments) for k in (0, 1)
-        ]
+        self.jobs = [Job(folder / str(k), "two seeds", *meeting, "--process-id", str(k), *arguments) for k in (0, 1)]
 
     def start(self, **options):
         return [job.start(**options) for job in self.jobs]
@@ -98,35 +96,35 @@ def ends(running):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, compiled):
+def alone(tmp_path_factory):
     """What one process makes of the two seeds, a device each as in two processes.
 
     On one device the seeds are one product of matrices, in whose sums XLA takes another order on some processors (seen
     on Zen 3, not on Zen 5): the same to rounding (test_pretraining.py), not to the bit.
     """
-    job = Job(tmp_path_factory.mktemp("alone"), compiled, "two seeds", "--devices", "2")
+    job = Job(tmp_path_factory.mktemp("alone"), "two seeds", "--devices", "2")
     assert job.finish() == ""
     return job.outcome()
 
 
-def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, compiled, alone):
-    pair = Pair(tmp_path, compiled, "--json")
+def test_two_processes_share_the_seeds_and_the_first_writes(tmp_path, alone):
+    pair = Pair(tmp_path, "--json")
     out = pair.finish()
     assert len(out.splitlines()) == 2 and all(line.startswith('{"schema"') for line in out.splitlines())
     assert pair.jobs[0].outcome() == alone  # to the bit: it does not matter whose the devices are
-    assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", *COMPILED}  # which the tests have made
+    assert {path.name for path in pair.jobs[1].folder.rglob("*")} == {"cache", KERNELS}  # which the tests have made
 
 
-def test_two_processes_share_the_batch(tmp_path, compiled):
+def test_two_processes_share_the_batch(tmp_path):
     """In float64, where the order of sums is all that can differ; also `prepare`, a pass, and the reference."""
     (tmp_path / "prepared.py").write_text(PREPARED)
     wanted = (*ONE_SEED, "--bench", NAME_X64, "--method", "scrub", str(tmp_path / "prepared.py"), "retrain")
     # What differs in a step differs after two epochs too; after as many scrub leaves the forgotten class alone.
     wanted += ("--pretrain-epochs", "2", "--unlearn-epochs", "3")
     x64 = os.environ | {"JAX_ENABLE_X64": "1"}
-    one = Job(tmp_path / "one", compiled, "two seeds", *wanted)
+    one = Job(tmp_path / "one", "two seeds", *wanted)
     one.finish(env=x64)
-    pair = Pair(tmp_path / "two", compiled, *wanted)
+    pair = Pair(tmp_path / "two", *wanted)
     pair.finish(env=x64)
     for method in ("scrub", "prepared", "retrain"):
         expected, found = (
@@ -138,8 +136,8 @@ def test_two_processes_share_the_batch(tmp_path, compiled):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_where_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_path, compiled, alone, killed):
-    pair = Pair(tmp_path, compiled)
+def test_where_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_path, alone, killed):
+    pair = Pair(tmp_path)
     running = pair.start_until_it_trains()
     running[killed].kill()
     start = time.monotonic()
@@ -152,8 +150,8 @@ def test_where_one_process_is_killed_the_other_ends_and_both_go_on_later(tmp_pat
     assert pair.jobs[0].outcome() == alone
 
 
-def test_a_signal_to_one_process_stops_both_together(tmp_path, compiled, alone):
-    pair = Pair(tmp_path, compiled)
+def test_a_signal_to_one_process_stops_both_together(tmp_path, alone):
+    pair = Pair(tmp_path)
     running = pair.start_until_it_trains()
     running[1].send_signal(signal.SIGTERM)
     for code, _, err in ends(running):
@@ -165,15 +163,15 @@ def test_a_signal_to_one_process_stops_both_together(tmp_path, compiled, alone):
 
 
 @pytest.mark.parametrize("other", [("--seeds", "1,3"), ("--devices", "2")], ids=" ".join)
-def test_processes_that_were_told_different_things_are_refused(tmp_path, compiled, other):
-    pair = Pair(tmp_path, compiled)
+def test_processes_that_were_told_different_things_are_refused(tmp_path, other):
+    pair = Pair(tmp_path)
     pair.jobs[1].command += other
     for code, _, err in ends(pair.start()):
         assert code == 2 and "error: the processes of this run differ in devices, data, arguments" in err
 
 
-def test_what_is_wrong_with_one_process_ends_all(tmp_path, compiled):
-    pair = Pair(tmp_path, compiled)
+def test_what_is_wrong_with_one_process_ends_all(tmp_path):
+    pair = Pair(tmp_path)
     path = pair.jobs[0].folder / "runs" / NAME / "scrub" / "seed1.json"
     path.parent.mkdir(parents=True)
     path.write_text("{}")

@@ -13,11 +13,11 @@ pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, compiled):
+def undisturbed(tmp_path_factory):
     """What each setup leaves when nothing happens; made once, which also compiles."""
     outcomes = {}
     for setup in SETUPS:
-        job = Job(tmp_path_factory.mktemp("undisturbed"), compiled, setup)
+        job = Job(tmp_path_factory.mktemp("undisturbed"), setup)
         assert job.finish() == ""
         outcomes[setup] = job.outcome()
         assert not list((job.folder / "cache").glob("unlearning/*"))  # it goes with the last record
@@ -33,9 +33,9 @@ def a_moment(number):
     return (phase, epoch, rng.randrange(STEPS)), number % 2 == 0, rng.uniform(0, 0.1)
 
 
-def kill_and_resume(folder, compiled, setup, moments):
+def kill_and_resume(folder, setup, moments):
     """Kills a run at each of these moments, starting it again in between, and then lets it end."""
-    job, kills = Job(folder, compiled, setup), []
+    job, kills = Job(folder, setup), []
     for target, while_writing, delay in sorted(moments):
         before = job.progress()
         process = job.start()
@@ -55,10 +55,10 @@ def kill_and_resume(folder, compiled, setup, moments):
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path, compiled, undisturbed, setup):
+def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path, undisturbed, setup):
     moments = [a_moment(number) for number in range(10)]
     with ThreadPoolExecutor(2) as pool:  # three runs, in each of which the moments lie far apart
-        jobs = [pool.submit(kill_and_resume, tmp_path / str(n), compiled, setup, moments[n::3]) for n in range(3)]
+        jobs = [pool.submit(kill_and_resume, tmp_path / str(n), setup, moments[n::3]) for n in range(3)]
     results = [job.result() for job in jobs]
     kills = [kill for killed, *_ in results for kill in killed]
     for _, err, outcome in results:
@@ -70,8 +70,8 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path, compiled, u
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, compiled, undisturbed, number):
-    job = Job(tmp_path, compiled, "two seeds", "--save-every", "1000")
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, undisturbed, number):
+    job = Job(tmp_path, "two seeds", "--save-every", "1000")
     process = job.start()
     while job.progress() < (0, DIGITS.pretrain_epochs, 0):  # the end of pretraining is saved in any case
         assert process.poll() is None
@@ -83,8 +83,8 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, compiled, undisturbed
     assert job.outcome() == undisturbed["two seeds"]
 
 
-def test_two_processes_that_want_the_same_model_train_it_once(tmp_path, compiled, undisturbed):
-    first, second = (Job(tmp_path, compiled, "two seeds", "--out", out) for out in ("runs", "more"))
+def test_two_processes_that_want_the_same_model_train_it_once(tmp_path, undisturbed):
+    first, second = (Job(tmp_path, "two seeds", "--out", out) for out in ("runs", "more"))
     processes = [first.start(), second.start()]
     said = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said

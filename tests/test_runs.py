@@ -30,7 +30,7 @@ from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.saving import Saving
 from jaxunlearn.training.unlearning import Unlearning
 
-pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
 BENCH = "tiny-digits-class0"
 QUIET = Reporter(quiet=True)

@@ -6,7 +6,7 @@ from test_runs import BENCH, request_of, results, tiny_bench
 
 from jaxunlearn.results import schema
 
-pytestmark = [pytest.mark.usefixtures("tiny_models", "compile_once"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 __all__ = ["tiny_bench"]  # a fixture
 
 

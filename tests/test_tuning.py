@@ -22,7 +22,7 @@ from jaxunlearn.training.unlearning import Unlearning
 from jaxunlearn.tuning import running
 from jaxunlearn.tuning.studies import best_of, check_images, resumed, save, study_of, trial_of, with_trial
 
-pytestmark = pytest.mark.usefixtures("tiny_models", "compile_once")
+pytestmark = pytest.mark.usefixtures("tiny_models")
 __all__ = ["bench"]  # a fixture
 DIGITS = "resnet20-digits-class0"
 

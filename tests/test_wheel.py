@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from jobs import share_compiled
+from jobs import share_kernels
 
 ROOT = Path(__file__).parent.parent
 BENCH = "resnet20-digits-class0"
@@ -40,7 +40,7 @@ def run(wheel, tmp_path_factory):
     own = next((folder / "env").glob("lib/python*/site-packages"))
     # Folders named in a .pth file do not have theirs read, so an editable install of the checkout is not seen.
     (own / "libraries.pth").write_text("\n".join(site.getsitepackages()))
-    share_compiled(folder / "cache" / "jaxunlearn", tmp_path_factory.mktemp("xla"))
+    share_kernels(folder / "cache" / "jaxunlearn")
 
     def run(command, *arguments):
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GLIBC_TUNABLES")}
