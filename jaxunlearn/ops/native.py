@@ -112,6 +112,8 @@ def library() -> str | None:
         loaded = ctypes.CDLL(str(path))
     except OSError:  # not there, damaged, or where nothing may be executed
         try:
+            if sys.stderr.isatty():
+                print("compiling the CPU kernels, once", file=sys.stderr)
             with _turn(path):
                 loaded = _compile_and_load(compilers, [source for source in sources if source.suffix == ".cc"], path)
         except OSError as error:
@@ -140,10 +142,13 @@ def _compilers() -> list[list[str]]:
 
 @contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Waits while another process compiles to `path`: started at once, all would compile, each slowing the others."""
-    lock = make_lock(path.parent.parent / "locks" / f"{path.stem}.lock")
-    with suppress(UserError):  # where files cannot be locked, all do compile
-        acquire(lock, -1, "")
+    """Waits while another process compiles to `path`: started at once, all would compile, each slowing the others.
+
+    Where files cannot be locked, or one takes longer than any compiler that works, all do compile.
+    """
+    lock = make_lock(path.with_name(f".{path.stem}.lock"))
+    with suppress(UserError):
+        acquire(lock, 300, "")
     try:
         yield
     finally:
@@ -160,8 +165,6 @@ def _compile_and_load(compilers: Sequence[Sequence[str]], sources: Sequence[Path
     remedy = f"choose another {'--cache-dir' if _cache_dir else 'XDG_CACHE_HOME'}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.so"
-        if sys.stderr.isatty():
-            print("compiling the CPU kernels, once", file=sys.stderr)
         _compile(compilers, sources, out)
         try:
             write_atomically(path, out.read_bytes())
