@@ -17,12 +17,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = ""  # its path is part of every key before jax 0.11
+# A program that is read while another process writes it, or was killed at that, is compiled once more.
+os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import PLAIN, TINY, Tiny
 
+from jaxunlearn.devices.configuration import restored
 from jaxunlearn.files import default_cache
 from jaxunlearn.models import MODELS
 from jaxunlearn.ops import native
@@ -95,11 +98,13 @@ def in_float64():
 @pytest.fixture
 def cache_not_given():
     """JAX as it is where nobody has given it a cache, for one test."""
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()  # it keeps the folder that it was first used with
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    settings = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
+    settings["jax_persistent_cache_enable_xla_caches"] = "xla_gpu_per_fusion_autotune_cache_dir"
+    with restored(*settings):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it keeps the folder that it was first used with
+        yield
     compilation_cache.reset_cache()
 
 

@@ -37,6 +37,7 @@ __all__ = ["bench"]  # a fixture
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
     "jax_cpu_enable_async_dispatch",
 )
 
