@@ -1,5 +1,7 @@
 """Layers against lax, numpy and plain autodiff: values, gradients, and under every transformation the loops use."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,32 @@ def assert_close(ours, theirs, tolerance=1e-5):
     for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert mine.shape == other.shape and mine.dtype == other.dtype
         np.testing.assert_allclose(mine, other, rtol=0, atol=tolerance * float(jnp.abs(other).max()) + 1e-30)
+
+
+def forward_over_reverse(function, point):
+    """The derivative of `function`'s gradient along ones."""
+    return jax.jvp(jax.grad(function), (point,), (jax.tree.map(jnp.ones_like, point),))[1]
+
+
+def reverse_over_reverse(function, point):
+    """The same, as the gradient of the gradient's sum."""
+    return jax.grad(lambda point: sum(x.sum() for x in jax.tree.leaves(jax.grad(function)(point))))(point)
+
+
+def alone(over, function, point):
+    return jax.jit(partial(over, function))(point)
+
+
+def of_two_seeds(over, function, point):
+    points = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), point)
+    return jax.jit(jax.vmap(partial(over, function)))(points)
+
+
+HESSIAN_PRODUCTS = [
+    pytest.param(partial(how, over), id=f"{over.__name__}-{how.__name__}")
+    for over in (forward_over_reverse, reverse_over_reverse)
+    for how in (alone, of_two_seeds)
+]
 
 
 def lax_conv(x, kernel, stride, groups):
@@ -210,14 +238,10 @@ def test_float64():
         assert_close(jitted_step(x, weights), jax.jit(jax.value_and_grad(plain, (0, 1)))(x, weights), 1e-12)
 
 
-def test_hessian_vector_product():
+@pytest.mark.parametrize("product", HESSIAN_PRODUCTS)
+def test_hessian_vector_products(product):
     x, weights = images_and_weights()
-    tangent = jax.tree.map(jnp.ones_like, weights)
-
-    def product(f):
-        return jax.jit(lambda w, v: jax.jvp(jax.grad(lambda w: f(x, w)), (w,), (v,))[1])(weights, tangent)
-
-    assert_close(product(ours), product(plain), 1e-3)
+    assert_close(product(partial(ours, x), weights), product(partial(plain, x), weights), 1e-3)
 
 
 def test_equal_maxima_give_the_gradient_to_the_first():

@@ -29,7 +29,8 @@ from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
 from jaxunlearn.registry import Method, get_method
 from jaxunlearn.training import loop, resuming
-from jaxunlearn.training.checkpoints import Position, unlearn_entry
+from jaxunlearn.training.checkpoints import unlearn_entry
+from jaxunlearn.training.history import Position
 from jaxunlearn.training.resuming import Start, train
 from jaxunlearn.training.saving import Saving
 
@@ -208,14 +209,14 @@ def test_a_run_that_stops_within_a_pass_goes_on_from_there_and_ends_the_same(tmp
         for batches in (3, 1, 2, 4, None):  # in the first pass, again, in the second, in the first epoch, to the end
             done = stopping_after(monkeypatch, batches)
             with contextlib.nullcontext() if batches is None else pytest.raises(KeyboardInterrupt):
-                result = trained()
+                state, outcomes = trained()
             monkeypatch.undo()
             total += len(done)
             if batches == 3:
                 assert entries[0].positions == {Position(-2, 3)}
         assert total == 5 + 3 + 4 * 3  # none twice
         undisturbed = after_epochs(run, SEEDS)
-    assert_close(jax.device_get(result.state), undisturbed, 0)
+    assert_close(jax.device_get(state), undisturbed, 0)
     assert entries[0].positions == {Position(4, 0)}
-    assert all(0 < prepared < seconds for prepared, seconds in zip(result.prepared, result.seconds, strict=True))
-    assert [len(curves["loss"]) for curves in result.curves] == [4, 4]
+    assert all(0 < own.prepared < own.seconds for own in outcomes)
+    assert [len(own.curves["loss"]) for own in outcomes] == [4, 4]

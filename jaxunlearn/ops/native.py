@@ -1,7 +1,7 @@
 """The package's own CPU kernels (`kernels/*.cc`): compiled when first needed, and called from XLA's programs.
 
-They serve float32 where a program runs on one CPU device. Elsewhere, and where there is no C++ compiler, the layers
-take the forms that XLA has.
+They serve float32 and bfloat16 where a program runs on one CPU device. Elsewhere, and where there is no C++ compiler,
+the layers take the forms that XLA has.
 """
 
 import ctypes

@@ -94,9 +94,21 @@ inline Half<V> Rounded(V value) {
 #ifdef __AVX512BF16__
   if constexpr (kLanesOf<V> == 16) return (Half<V>)_mm512_cvtneps_pbh((__m512)value);
 #endif
-  Bits<V> bits = (Bits<V>)value, number = (Bits<V>)(value == value);
-  Bits<V> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
-  return __builtin_convertvector((number & rounded) | (~number & quiet), Half<V>);
+  if constexpr (sizeof(V) > sizeof(Wide)) {
+    constexpr int kParts = sizeof(V) / sizeof(Wide);
+    Wide parts[kParts];
+    Half<Wide> halves[kParts];
+    std::memcpy(parts, &value, sizeof(value));
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; i++) halves[i] = Rounded(parts[i]);
+    Half<V> all;
+    std::memcpy(&all, halves, sizeof(all));
+    return all;
+  } else {
+    Bits<V> bits = (Bits<V>)value, number = (Bits<V>)(value == value);
+    Bits<V> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+    return __builtin_convertvector((number & rounded) | (~number & quiet), Half<V>);
+  }
 }
 
 // Numbers in a row, of which nothing is aligned but to its own size. V: a vector, or float.

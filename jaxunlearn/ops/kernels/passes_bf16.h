@@ -192,11 +192,12 @@ struct Pass {
 
   // Q pixels of eight images times N vectors of features, over some rows and columns of the kernel and some pairs.
   template <int Q, int N>
-  void Tile(Steps down, Steps along, int pair, int pairs, const Eight* z, const Bits16* kernel, bool first,
-            Vec16* sums) const {
+  ONCE void Tile(Steps down, Steps along, int pair, int pairs, const Eight* z, const Bits16* kernel, bool first,
+                 Vec16* sums) const {
     size_t pixel = in.pairs() * (spread ? 1 : stride);
-    Vec16 sum[Q][kImages][N];
-    for (int i = 0; i < Q * kImages * N; i++) (&sum[0][0][0])[i] = first ? Vec16{} : sums[i];
+    Vec16 sum[Q * kImages * N];
+#pragma GCC unroll 16
+    for (int i = 0; i < Q * kImages * N; i++) sum[i] = first ? Vec16{} : sums[i];
     for (int i = 0; i < down.count; i++)
       for (int j = 0; j < along.count; j++) {
         const Eight* from = z + down.begin[i].offset + along.begin[j].offset + pair;
@@ -208,18 +209,22 @@ struct Pass {
             for (int b = 0; b < kImages; b++) {
               Bits16 value = Broadcast(from[q * pixel][b]);
 #pragma GCC unroll 2
-              for (int n = 0; n < N; n++) sum[q][b][n] = Dot(sum[q][b][n], value, k[n]);
+              for (int n = 0; n < N; n++) {
+                Vec16& to = sum[(q * kImages + b) * N + n];
+                to = Dot(to, value, k[n]);
+              }
             }
         }
       }
-    for (int i = 0; i < Q * kImages * N; i++) sums[i] = (&sum[0][0][0])[i];
+#pragma GCC unroll 16
+    for (int i = 0; i < Q * kImages * N; i++) sums[i] = sum[i];
   }
 
   // Two pixels of eight images for one vector of features where windows of three overlap: what is read serves both. The
   // tile above would read once for each product, and be bound by that.
-  void Overlapping(Steps down, const Eight* z, const Bits16* kernel, Vec16* sums) const {
+  ONCE void Overlapping(Steps down, const Eight* z, const Bits16* kernel, Vec16* sums) const {
     int pairs = packed.pairs;
-    Vec16 sum[2][kImages] = {};
+    Vec16 sum[2 * kImages] = {};
     for (int i = 0; i < down.count; i++) {
       const Eight* from = z + down.begin[i].offset;
       const Bits16* k = kernel + 3 * down.begin[i].tap * pairs;
@@ -233,11 +238,13 @@ struct Pass {
             Bits16 value = Broadcast(from[column * pairs][b]);
 #pragma GCC unroll 2
             for (int q = 0; q < 2; q++)
-              if (column >= q && column < q + 3) sum[q][b] = Dot(sum[q][b], value, taps[column - q]);
+              if (Vec16& to = sum[q * kImages + b]; column >= q && column < q + 3)
+                to = Dot(to, value, taps[column - q]);
           }
       }
     }
-    for (int i = 0; i < 2 * kImages; i++) sums[i] = (&sum[0][0])[i];
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * kImages; i++) sums[i] = sum[i];
   }
 };
 

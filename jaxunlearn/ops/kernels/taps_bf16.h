@@ -60,8 +60,8 @@ inline void AddTaps(const std::vector<Span>& spans, int stride, const Bits16* x,
 
 // Adds the gradient of `panels` panels of the kernel's channels from `panel` on, over `blocks` blocks that lie `xs` and
 // `gs` apart. Some pixels at a time, whose panels stay in the first cache.
-void AddKernelGradient(const Shape& s, int panel, int panels, int blocks, const Bits16* x, size_t xs, const Bits16* g,
-                       size_t gs, float* gradient) {
+ONCE void AddKernelGradient(const Shape& s, int panel, int panels, int blocks, const Bits16* x, size_t xs,
+                            const Bits16* g, size_t gs, float* gradient) {
   int rows = std::max(1, 32 / s.out.width), together = std::max(1, 32 / (s.out.width * s.out.height));
   // With one vector of features, whole rows of taps share what is read of x.
   bool overlap = s.size == 3 && s.stride == 1 && s.out.panels() == 1;
