@@ -1,33 +1,54 @@
-"""Where files go: written whole, in folders that are known early to be writable and lockable, and the cache folder."""
+"""Where files go: written whole, in folders that are known early to be writable and lockable, and the cache folder; and
+whose code a file holds."""
 
 import errno
 import os
+import secrets
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from jaxunlearn.errors import UserError
+from jaxunlearn.errors import UserError, WriteError, one_line
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say that have none
+STANDARD_LIBRARY = str(Path(os.__file__).parent)
+INSTALLED = ("/site-packages/", "/dist-packages/")
+AGAIN = "put that right and run the same command, which goes on from here"
 LOCK_REMEDY = "choose another --cache-dir"  # where what is to be locked is in the cache
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content`, making folders as needed: `path` holds the old file or the new one, whole, at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Beside the target, because a rename is atomic only within one file system. Threads, and containers that share the
+    # folder, have the same process id.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Gives what is damaged a name beside its own, under which nothing looks for it. Returns that."""
+    return path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+
+
+@contextmanager
+def writing(what: object, remedy: str = "") -> Iterator[None]:
+    """Raises WriteError, in one line that ends in `remedy`, where `what` cannot be written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {what} ({one_line(error)}){remedy and ': '}{remedy}") from error
 
 
 def default_cache() -> Path:
@@ -97,3 +118,8 @@ def exists(path: Path) -> bool:
     except ValueError:  # a null character
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
     return True
+
+
+def is_of_others(file: str) -> bool:
+    """Whether the code in a file is the standard library's or an installed package's, or made by one."""
+    return file.startswith((STANDARD_LIBRARY, "<@", "<frozen")) or any(part in file for part in INSTALLED)

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from filelock import FileLock
-from layouts import load, small_sets, write_archive, write_binaries
+from layouts import load, small_sets, write_archive, write_binaries, write_fmnist
 
 from jaxunlearn.data import datasets, downloading
 from jaxunlearn.data.downloading import File, registered
@@ -18,13 +18,14 @@ CONTENT = os.urandom(300_000)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content`, each request as the next of `manners` says, and keeps what was asked for in `ranges`."""
+    """Serves `content`, or a file's of `files`, as the next of `manners` says; keeps what was asked for in `ranges`."""
 
     daemon_threads = True
     content = CONTENT
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
         self.manners: list[str] = []
         self.ranges: list[str | None] = []
         self.released = threading.Event()
@@ -42,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
         server, asked = self.server, self.headers["Range"]
         server.ranges.append(asked)
         manner = server.manners.pop(0) if server.manners else "well"
-        body, start = server.content, int(asked[6:-1]) if asked and manner != "no ranges" else 0
+        body = server.files.get(self.path[1:], server.content)
+        start = int(asked[6:-1]) if asked and manner != "no ranges" else 0
         if manner.isdecimal():
             self.send_error(int(manner))
             return
@@ -165,6 +167,28 @@ def test_what_does_not_belong_to_the_file_is_not_gone_on_with(left, server, tmp_
     assert download(tmp_path).read_bytes() == CONTENT
 
 
+@pytest.fixture
+def small_cifar(server, tmp_path, monkeypatch):
+    """The folder of a small CIFAR-10, whose archive the server has."""
+    folder = write_binaries(tmp_path / "away" / "cifar-10-batches-bin", "cifar10")
+    write_archive(folder, tmp_path / "away" / "a.tgz")
+    monkeypatch.setattr(server, "content", (tmp_path / "away" / "a.tgz").read_bytes())
+    return folder
+
+
+@small_sets
+@pytest.mark.usefixtures("small_cifar")
+def test_a_file_that_was_damaged_later_is_moved_aside_and_fetched_again(server, tmp_path):
+    first = datasets.load("cifar10", None, tmp_path / "cache", progress=False)
+    archive = tmp_path / "cache" / "data" / "cifar-10-binary.tar.gz"
+    archive.write_bytes(server.content[:999])
+    with pytest.warns(UserWarning, match=rf"{archive} is not the registered file: moved to {archive.name}\.damaged-"):
+        again = datasets.load("cifar10", None, tmp_path / "cache", progress=False)
+    assert (again.digest, again.source) == (first.digest, str(archive)) and len(server.ranges) == 2
+    (aside,) = archive.parent.glob("*.damaged-*")
+    assert aside.read_bytes() == server.content[:999]
+
+
 def test_nobody_there_and_no_room_are_one_line(server, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"downloading cifar10 failed \(FileExistsError: .*try again, or else"):
@@ -200,14 +224,30 @@ def test_progress_is_shown_on_stderr_alone(server, tmp_path, capsys):
 
 
 @small_sets
-def test_a_data_set_that_no_place_has_is_downloaded_and_read(server, tmp_path, monkeypatch):
-    folder = write_binaries(tmp_path / "away" / "cifar-10-batches-bin", "cifar10")
-    write_archive(folder, tmp_path / "away" / "a.tgz")
-    monkeypatch.setattr(server, "content", (tmp_path / "away" / "a.tgz").read_bytes())
+def test_a_data_set_that_no_place_has_is_downloaded_and_read(server, small_cifar, tmp_path):
     found = datasets.load("cifar10", None, tmp_path / "cache", progress=False)
     assert found.source == str(tmp_path / "cache" / "data" / "cifar-10-binary.tar.gz")
-    assert found.digest == load("cifar10", folder).digest
+    assert found.digest == load("cifar10", small_cifar).digest
     assert datasets.load("cifar10", None, tmp_path / "cache").digest == found.digest and len(server.ranges) == 1
+
+
+@small_sets
+def test_a_download_of_several_files_goes_on_where_it_ended_between_two(server, tmp_path, monkeypatch):
+    folder = write_fmnist(tmp_path / "away", zipped=True)
+    server.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    address = server.file.url.rpartition("/")[0]
+    files = [
+        File(f"{address}/{name}", len(content), hashlib.sha256(content).hexdigest())
+        for name, content in server.files.items()
+    ]
+    monkeypatch.setattr(downloading, "registered", lambda name: files)
+    server.manners += ["well", "404"]
+    with pytest.raises(UserError, match="answers 404"):
+        datasets.load("fashion_mnist", None, tmp_path / "cache", progress=False)
+    assert len(list((tmp_path / "cache" / "data").glob("*.gz"))) == 1
+    assert datasets.find("fashion_mnist", None, tmp_path / "cache") is None
+    found = datasets.load("fashion_mnist", None, tmp_path / "cache", progress=False)
+    assert found.digest == load("fashion_mnist", folder).digest and len(server.ranges) == 5
 
 
 def test_a_failed_download_says_where_else_the_files_may_be_put(server, tmp_path, monkeypatch):

@@ -26,6 +26,19 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
 
 
+def test_two_that_write_the_same_file_at_once_both_succeed(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def write_another(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomically(tmp_path / "file", b"another")  # as of another thread
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", write_another)
+    write_atomically(tmp_path / "file", b"one")
+    assert (tmp_path / "file").read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
+
+
 def test_check_writable_leaves_nothing(tmp_path):
     check_writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import io
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,6 +207,13 @@ def test_where_nothing_fits_the_line_says_what_there_is(tmp_path):
     assert f"{tmp_path / 'no-cache' / 'data'} does not exist" in message
     assert f"{tmp_path / 'photos'} is empty" in refused("cifar10", tmp_path / "photos")
     assert f"{tmp_path / 'z1'} cannot be read" in refused("cifar10", tmp_path / "z1")
+
+
+@pytest.mark.parametrize("kind", ["zip", "bztar", "xztar"])
+def test_an_archive_of_another_kind_is_to_be_unpacked(kind, tmp_path):
+    write_pickles(tmp_path / PY, "cifar10")
+    path = Path(shutil.make_archive(str(tmp_path / "cifar"), kind, tmp_path, PY))
+    assert refused("cifar10", path).endswith(f"{path} is an archive of another kind than .tar and .tar.gz: unpack it")
 
 
 def test_what_is_looked_at_is_bounded(tmp_path, monkeypatch, digests):

@@ -5,6 +5,7 @@ import functools
 import json
 import operator
 import shlex
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,11 +73,42 @@ def test_trials_of_another_process_are_kept(tmp_path, monkeypatch):
             save(with_trial(resumed(study, force=False), [record(0.05, hyperparameters=own)]))
         yield record(hyperparameters=second), None
 
-    monkeypatch.setattr(running, "prepare", lambda request, reporter: SimpleNamespace(digest="any"))
+    monkeypatch.setattr(
+        running, "prepare", lambda request, reporter: SimpleNamespace(digest=record()["dataset"]["digest"])
+    )
     monkeypatch.setattr(running, "results", results)
     (found,) = running.tune(request_in(tmp_path), [study._replace(wanted=[first, second])], None, False, pytest.fail)
     assert found.content == json.loads(found.path.read_text()) and found.content["best"] == 2
     assert [one["average_gap"] for one in found.content["trials"]] == [0.1, 0.1, 0.05]
+
+
+def test_processes_write_a_study_one_after_the_other(tmp_path, monkeypatch):
+    study = study_in(tmp_path)._replace(wanted=study_in(tmp_path).wanted[:2])
+    first, second = study.wanted
+
+    def saved_by_another(asked, force):
+        """Another one begins to add its trial between this one's reading and its writing."""
+        found = resumed(asked, force)
+        monkeypatch.setattr(running, "resumed", resumed)
+        monkeypatch.setattr(running, "results", lambda run: iter([(record(0.05, hyperparameters=second), None)]))
+        other = threading.Thread(target=running.tune, args=(request_in(tmp_path), [study], None, False, pytest.fail))
+        others.append(other)
+        other.start()
+        other.join(0.5)  # it would have ended long ago
+        return found
+
+    def results(run):
+        monkeypatch.setattr(running, "resumed", saved_by_another)
+        yield record(hyperparameters=first), None
+
+    others = []
+    monkeypatch.setattr(
+        running, "prepare", lambda request, reporter: SimpleNamespace(digest=record()["dataset"]["digest"])
+    )
+    monkeypatch.setattr(running, "results", results)
+    running.tune(request_in(tmp_path), [study], None, False, pytest.fail)
+    others[0].join()
+    assert [one["average_gap"] for one in json.loads(study.path.read_text())["trials"]] == [0.1, 0.05]
 
 
 def test_trials_that_saw_other_images_are_not_gone_on_with(tmp_path):

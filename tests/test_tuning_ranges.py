@@ -44,6 +44,7 @@ def test_the_rule_says_better_and_the_user_says_last():
         ({"weight": ("a", "b")}, {}, "write two numbers"),
         (None, {"weight": "1"}, "--range mine.weight=1: write two numbers"),
         (None, {"weight": "1:b"}, "--range mine.weight=1:b: write two numbers"),
+        (None, {"k": "1:2147483648"}, "--range mine.k=1:2147483648: whole numbers go to 2147483647"),
         (None, {"pair": "1:2"}, "--range mine.pair=1:2: only a number has a range"),
         (None, {"wait": "1:2"}, "has no hyperparameter 'wait'"),
     ],

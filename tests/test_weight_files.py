@@ -116,6 +116,10 @@ def test_files_that_hold_something_else_are_one_line(tmp_path):
     assert "single array" in refused(tmp_path / "array.npz")
     (tmp_path / "float8.safetensors").write_bytes(safetensors.numpy.save({"a": np.zeros(3, jnp.float8_e4m3fn)}))
     assert "F8_E4M3" in refused(tmp_path / "float8.safetensors")
+    (tmp_path / "int8.safetensors").write_bytes(safetensors.numpy.save({"a": np.ones((2, 3), np.int8)}))
+    assert_read(tmp_path / "int8.safetensors", {"a": np.ones((2, 3), np.int8)})  # of a quantized model, or a mask
+    np.savez(tmp_path / "bfloat16.npz", a=np.zeros(3, jnp.bfloat16))
+    assert "'a' in it has a dtype that NumPy does not know: save it as float32" in refused(tmp_path / "bfloat16.npz")
     np.savez(tmp_path / "weights.npz", model=np.array({"a": 1}, dtype=object))
     assert "'model' in it is an object" in refused(tmp_path / "weights.npz")
     assert "no weights file" in refused(tmp_path / "absent.npz")
@@ -174,6 +178,13 @@ def test_pytorch_files_that_hold_something_else_are_one_line(tmp_path):
     for content in ({"conv.weight": weight}, {"a": torch.zeros(3), "fc._packed_params._packed_params": (weight, None)}):
         torch.save(content, path)
         assert "quantized model" in refused(path)
+    for tensor, said in (
+        (torch.eye(3).to_sparse(), "'a' in it is sparse: save its to_dense()"),
+        (torch.zeros(3, device="meta"), "'a' in it has no values"),
+        (torch.zeros(3, dtype=torch.float8_e4m3fn), "'a' in it has the dtype torch.float8_e4m3fn: save its float()"),
+    ):
+        torch.save({"a": tensor}, path)
+        assert said in refused(path)
 
 
 class Config(dict):

@@ -19,6 +19,8 @@ MAX_BYTES = 256 * 2**20  # of a file or an archive, decompressed; the largest of
 MAX_NAME_BYTES = 8192  # of a header that gives the next member its name
 SNIFFED_BYTES = 2**20  # of an archive, to know what is in it
 GZIP = b"\x1f\x8b"
+# How archives begin that are not read: zip, bzip2, xz, zstd, 7z, rar.
+OTHER_KINDS = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
 REMEDY = "download it again"
 
 _BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, ValueError)
@@ -54,6 +56,9 @@ def read_archive(archive: Path, names: Sequence[str]) -> dict[str, Blob]:
     blobs: dict[str, Blob] = {}
     try:
         with archive.open("rb") as file:
+            if file.read(8).startswith(OTHER_KINDS):
+                raise UserError(f"{archive} is an archive of another kind than .tar and .tar.gz: unpack it")
+            file.seek(0)
             for path, size, data in _files(_unzipped(file)):
                 name = published_name(path.name)
                 if name not in names or name in blobs:

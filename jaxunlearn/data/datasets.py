@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxunlearn.data.downloading import download
+from jaxunlearn.data.downloading import begun, download
 from jaxunlearn.data.finding import Found, contents, digest, look
 from jaxunlearn.data.readers import ImageSet
 from jaxunlearn.data.sources import DATASETS, Source
@@ -60,7 +60,14 @@ def find(name: str, data_dir: Path | None, cache_dir: Path) -> Dataset | None:
     if not DATASETS[name].layouts:
         return _dataset(name, _load_digits())
     for place in _places(data_dir, cache_dir):
-        if found := look(_expanded(place), DATASETS[name], named=place == data_dir):
+        folder = _expanded(place)
+        try:
+            found = look(folder, DATASETS[name], named=place == data_dir)
+        except UserError:
+            if place != cache_dir / "data" or not begun(DATASETS[name].tfds_name, folder):
+                raise
+            continue  # a download of several files that has not ended yet, or was stopped: it goes on
+        if found:
             if data_dir is not None and place != data_dir:
                 warnings.warn(printable(f"no {name} in {data_dir}: using {found.where}"), stacklevel=2)
             return _dataset(name, found)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxunlearn.errors import UserError, one_line
-from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock
+from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock, set_aside
 
 TIMEOUT = 10.0, 30.0  # seconds without a connection, without a byte
 TRIES = 4  # in a row that bring nothing
@@ -50,18 +50,32 @@ def download(name: str, folder: Path, advice: str, progress: bool) -> None:
     """Downloads a data set's files into `folder`; `progress` is shown on stderr.
 
     A file appears whole and with its registered SHA-256, or not at all. What a cut or a stop left in `*.part` is gone
-    on with. Several processes that want the same files download them once. UserError, ending in `advice`, if it fails.
+    on with; another file of the same name is moved aside, with a warning. Several processes that want the same files
+    download them once. UserError, ending in `advice`, if it fails.
     """
     try:
         files = registered(name)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{name}.lock"), _bar(progress) as advance:
+        with _locked(_lock(name, folder)), _bar(progress) as advance:
             for file in files:
-                if not (folder / file.name).exists():  # else another process was faster
-                    _fetch(file, folder / file.name, advance)
+                target = folder / file.name
+                if target.exists() and _sha256(target) != file.sha256:
+                    aside = set_aside(target)
+                    warnings.warn(f"{target} is not the registered file: moved to {aside.name}", stacklevel=3)
+                if not target.exists():  # else another process was faster
+                    _fetch(file, target, advance)
     except Exception as error:  # network, disk, checksum: each has its own kinds
         reason = error if isinstance(error, UserError) else one_line(error)
         raise UserError(f"downloading {name} failed ({reason}): try again, {advice}") from error
+
+
+def begun(name: str, folder: Path) -> bool:
+    """Whether a data set has ever been downloaded into `folder`, if not to the end."""
+    return _lock(name, folder).exists()
+
+
+def _lock(name: str, folder: Path) -> Path:
+    return folder / f".{name}.lock"
 
 
 @contextmanager

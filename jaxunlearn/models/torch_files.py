@@ -67,9 +67,21 @@ def read_state_dict(path: Path, max_bytes: int) -> dict[str, np.ndarray]:
         raise UserError(QUANTIZED)
     if sum(value.numel() * value.element_size() for value in tensors.values()) > max_bytes:  # a view can repeat
         raise UserError(TOO_LARGE.format(max_bytes))
-    # numpy has no bfloat16 for PyTorch to convert to.
-    tensors = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in tensors.items()}
-    return {key: value.detach().numpy() for key, value in tensors.items()}
+    return {key: _array(key, value) for key, value in tensors.items()}
+
+
+def _array(key: str, tensor: Any) -> np.ndarray:
+    import torch
+
+    if tensor.is_meta:
+        raise UserError(f"'{key}' in it has no values, as of a model on the device meta: {SAVE} once they are there")
+    if tensor.layout != torch.strided:
+        raise UserError(f"'{key}' in it is sparse: save its to_dense()")
+    try:  # numpy has no bfloat16 for PyTorch to convert to
+        array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+    except TypeError:
+        raise UserError(f"'{key}' in it has the dtype {tensor.dtype}: save its float()") from None
+    return array
 
 
 def _load(path: Path) -> Any:

@@ -14,9 +14,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jaxunlearn.data.archives import GZIP, OTHER_KINDS
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import write_atomically
-from jaxunlearn.models.torch_files import QUANTIZED, SAVE, TOO_LARGE, read_state_dict
+from jaxunlearn.models.torch_files import SAVE, TOO_LARGE, read_state_dict
 
 MAX_BYTES = 2 * 2**30  # of a file, decompressed: a checkpoint of our largest model with Adam has 0.4 GB
 
@@ -28,6 +29,8 @@ DTYPES = {
     "BF16": jnp.bfloat16,
     "I64": np.int64,
     "I32": np.int32,
+    "I8": np.int8,
+    "U8": np.uint8,
     "BOOL": np.bool_,
 }
 
@@ -41,7 +44,7 @@ OTHERS = (
     (rb"version https://git-lfs", "it is a Git LFS pointer, not the file that it points to: run `git lfs pull`"),
     (rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|!--)", "it is a web page: fetch the file that it links to"),
     (rb"\x93NUMPY", "it is a single array: save all of them with numpy.savez"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!|(?s:.{257}ustar)", "it is an archive: unpack it"),
+    (b"|".join((*map(re.escape, (GZIP, *OTHER_KINDS)), rb"(?s:.{257}ustar)")), "it is an archive: unpack it"),
     (rb"\x80[\x02-\x05]", f"it is a pickle, which can run code: {SAVE} with torch.save, or arrays with numpy.savez"),
     (rb"\Z", "it is empty"),
     (rb"[\t\n\r\x20-\x7e]+\Z", "it is a text"),
@@ -137,14 +140,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
                 raise
             if not isinstance(arrays[key], np.ndarray):
                 raise UserError(f"'{key}' in it is no array")
+            if arrays[key].dtype.kind == "V":  # bfloat16 in a .npz
+                raise UserError(f"'{key}' in it has a dtype that NumPy does not know: save it as float32")
     return arrays
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for key, value in safetensors.deserialize(path.read_bytes()):
-        if value["dtype"] in ("I8", "U8"):
-            raise UserError(QUANTIZED)
         if value["dtype"] not in DTYPES:
             raise UserError(f"'{key}' in it has the dtype {value['dtype']}, which is none of {', '.join(DTYPES)}")
         arrays[key] = np.frombuffer(value["data"], DTYPES[value["dtype"]]).reshape(value["shape"])

@@ -127,8 +127,9 @@ def _checked(place: str, ends: Any, default: Any) -> Range:
     if len(pair) != 2 or not (whole or (kind is float and all(isinstance(end, int | float) for end in pair))):
         raise UserError(f"{place}: write two {'whole ' if kind is int else ''}numbers, the low end and the high end")
     low, high = pair
-    largest = sys.float_info.max if kind is float else LARGEST
-    if not -largest <= low <= high <= largest:
+    if not -sys.float_info.max <= low <= high <= sys.float_info.max:
         raise UserError(f"{place}: the low end must be a number, and the high end one that is no lower")
+    if kind is int and max(-low, high) > LARGEST:
+        raise UserError(f"{place}: whole numbers go to {LARGEST}")
     low, high = kind(low), kind(high)
     return Range(low, high)

@@ -1,11 +1,14 @@
 """Tuning: each method's variants run as methods of one run, and a method's file after each variant."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jaxunlearn.devices.processes import all_or_none, from_leader, leads
+from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock
 from jaxunlearn.progress import Reporter
 from jaxunlearn.registry import RETRAIN, get_method
 from jaxunlearn.runs.preparation import prepare
@@ -49,7 +52,21 @@ def tune(
         own = together.setdefault(json.dumps([number, record["hyperparameters"]], sort_keys=True), [])
         own.append(record)
         if leads() and len(own) == len(request.seeds) * request.draws(found[number].method):
-            now = resumed(found[number], force=False)  # with what others have tried since
-            found[number] = with_trial(now, own)
-            save(found[number])
+            with _alone_with(found[number], request):
+                now = resumed(found[number], force=False)  # with what others have tried since
+                check_images(now, run.digest)
+                found[number] = with_trial(now, own)
+                save(found[number])
     return found
+
+
+@contextmanager
+def _alone_with(study: Study, request: Request) -> Iterator[None]:
+    """While no other process with the same cache reads and writes the study's file."""
+    key = hashlib.sha256(str(study.path.resolve()).encode()).hexdigest()[:16]
+    lock = make_lock(request.cache_dir / "locks" / f"tuning-{key}.lock")
+    acquire(lock, -1, LOCK_REMEDY)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from jaxunlearn.errors import UserError, WriteError, one_line
-from jaxunlearn.files import check_writable, write_atomically
+from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.files import AGAIN, check_writable, write_atomically, writing
 from jaxunlearn.registry import Method
 from jaxunlearn.results import records as result_records
 from jaxunlearn.results import schema
@@ -115,11 +115,8 @@ def check_images(study: Study, digest: str) -> None:
 
 def save(study: Study) -> None:
     """Writes the study's file. Raises WriteError where it cannot."""
-    try:
+    with writing(study.path, AGAIN):
         write_atomically(study.path, (json.dumps(study.content, indent=2, allow_nan=False) + "\n").encode())
-    except OSError as error:
-        message = f"cannot write {study.path} ({one_line(error)})"
-        raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
 
 
 def trial_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
