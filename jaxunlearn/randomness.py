@@ -24,6 +24,21 @@ class Stream(enum.IntEnum):
     PASS = 10  # what a rule draws in a pass, and which images that sees
 
 
+def seed_key(seed: int | jax.Array) -> jax.Array:
+    """A seed's own key. Of one generator, whichever JAX is set to (`jax_default_prng_impl`).
+
+    What a model is would else depend on that setting, and XLA's own generator (`rbg`) does not give seeds that are
+    vmapped the numbers that each has alone.
+    """
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a `seed_key`."""
+    key: jax.ShapeDtypeStruct = jax.eval_shape(seed_key, 0)
+    return key
+
+
 def stream_key(key: jax.Array, stream: Stream, *path: int | jax.Array) -> jax.Array:
     """The key of a stream at `path`, such as (epoch, step), under a seed's key."""
     return functools.reduce(jax.random.fold_in, path, jax.random.fold_in(key, stream))
@@ -42,7 +57,7 @@ def seed_keys(
     seeds: Sequence[int], attempts: Sequence[int] | None = None, unlearn_seeds: Sequence[int] | None = None
 ) -> jax.Array:
     """The keys of `seeds`, an array of S keys; of their `attempts` and `unlearn_seeds`, of which 0 is a seed's own."""
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+    keys = jax.vmap(seed_key)(jnp.array(seeds, jnp.uint32))
     for stream, numbers in ((Stream.ATTEMPT, attempts), (Stream.UNLEARN_SEED, unlearn_seeds)):
         if numbers is not None and any(numbers):
             others = jax.vmap(stream_key, (0, None, 0))(keys, stream, jnp.array(numbers))

@@ -71,11 +71,15 @@ def check_text(tmp_path, text):
         ("images.view(4, -1)", "line 18: .view is PyTorch's: write reshape"),
         ("images.size(0)", r"line 18: TypeError: 'int' object .*PyTorch's images.size\(0\) is images.shape\[0\]"),
         ("images.log_softmax(-1)", r"line 18: .log_softmax is PyTorch's: write jax.nn.log_softmax\(array\)"),
+        ("jax.nn.log_softmax(images, dim=-1)", "line 18: dim= is PyTorch's: write axis=$"),
+        ("images.mean(0, keepdim=True)", "line 18: keepdim= is PyTorch's: write keepdims=$"),
+        ("loss = model(images).mean(); optimizer.step(lambda: loss)", "line 18: the closure's loss does not depend on"),
+        ("optimizer.step(lambda: jnp.zeros(()))", "line 18: the closure's loss does not depend on the model"),
         ("images.exp()", r"line 18: .exp is PyTorch's: write jnp.exp\(array\)"),
         ("images.mul_(2)", r"line 18: .mul_ is PyTorch's: an array never changes: x.mul_\(2\) is x = x \* 2"),
         ("images.pin_memory()", "line 18: .pin_memory is PyTorch's: an array has it not, see jax.numpy and jax.nn"),
         ("jax.absent", "line 18: AttributeError: module 'jax' has no attribute 'absent'"),
-        ("self.data", "line 18: AttributeError: 'Mine' object has no attribute 'data'"),
+        ("self.data", "line 18: AttributeError: 'Mine' .* 'data': give it its first value in setup"),
         ("raise TypeError('argument must be Tensor, not Tracer')", "line 18: torch's functions take no JAX arrays"),
         ("import torch_absent", "line 18: torch's functions take no JAX arrays"),
         ("jax.grad(lambda x: model(x).sum())(images)", "inside jax.grad a model is in eval mode"),
@@ -115,6 +119,14 @@ def test_a_setup_may_draw_with_numpy(tmp_path):
     check_class(tmp_path, setup="self.noise = jnp.asarray(np.random.default_rng(0).normal(size=3))")
 
 
+def test_a_model_that_is_not_on_self_is_in_eval_mode(tmp_path):
+    before = "from jaxunlearn.torch_style import resnet20\n\nTEACHER = resnet20(){}\n"
+    text = CLASS.format(step="TEACHER(images)", setup="pass")
+    with pytest.raises(UserError, match=r"a model is in eval mode, and one that is not on `self` is always$"):
+        check_text(tmp_path, before.format("") + text)
+    check_text(tmp_path, before.format(".eval()") + text)
+
+
 @pytest.mark.parametrize(
     ("setup", "message"),
     [
@@ -128,6 +140,47 @@ def test_a_setup_may_draw_with_numpy(tmp_path):
 def test_a_setup_that_cannot_be_is_refused_in_one_line(tmp_path, setup, message):
     with pytest.raises(UserError, match=f"^method 'mine': {message}"):
         check_class(tmp_path, setup=setup)
+
+
+HELPER = """
+class Helper:
+    def __init__(self, value):
+        self.value = value
+
+    def advance(self):
+        self.value = self.value * 2
+"""
+ONLY_ARRAYS = "changes in a step, which is traced only once: only arrays that setup"
+
+
+@pytest.mark.parametrize(
+    ("setup", "step", "message"),
+    [
+        ("self.w = np.ones(1)", "self.w *= 0.9", f"self.w {ONLY_ARRAYS}"),
+        ("self.seen = set()", "self.seen.add(epoch)", f"self.seen {ONLY_ARRAYS}"),
+        ("self.kept = [Helper(1)]", "self.kept[0].advance()", f"self.kept {ONLY_ARRAYS}"),
+        ("self.ema = Helper(jnp.zeros(2))", "pass", "self.ema: arrays in a Helper are not carried on: keep"),
+        ("self.teacher = copy.deepcopy(model)", "self.teacher.eval()",
+         r"self.teacher changes its mode in a step: call .eval\(\) or .train\(\) in setup"),
+        ("self.one = copy.deepcopy(model); self.both = [self.one]", "pass",
+         "self.both holds what is self.one too, and each would change by itself: keep it once"),
+        ("self.twice = [{'a': jnp.zeros(2)}] * 2", "pass", "self.twice holds what is in it twice"),
+    ],
+)  # fmt: skip
+def test_what_would_not_be_carried_on_is_refused(tmp_path, setup, step, message):
+    with pytest.raises(UserError, match=f"^method 'mine': .*{message}"):
+        check_text(tmp_path, HELPER + CLASS.format(step=step, setup=setup))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_network_of_ones_own_is_made_in_setup(tmp_path, mode):
+    setup = f"from jaxunlearn.torch_style import resnet20; self.fresh = resnet20(seed=1).{mode}()"
+    check_class(tmp_path, setup=setup, step="target = self.fresh(images); optimizer.step(lambda: model(images).mean())")
+
+
+def test_what_stays_as_it_is_may_be_anything(tmp_path):
+    setup = "self.kept = [Helper({'a': [1, np.arange(3)]}), {1, 2}, print, np, np.nan]; self.kept[0].me = self.kept[0]"
+    check_text(tmp_path, HELPER + CLASS.format(step="optimizer.step(lambda: model(images).mean())", setup=setup))
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,29 @@ def test_arrays_on_self_are_carried_from_step_to_step():
     assert (jax.random.key_data(first.extra["key"][0]) != jax.random.key_data(second.extra["key"][0])).any()
 
 
+class Named(UnlearningMethod):
+    """Changes what is on self by other names for it, after a step."""
+
+    def setup(self, model):
+        self.kept = {"models": [copy.deepcopy(model).eval()], "steps": (jnp.zeros(()), {"n": jnp.zeros(())})}
+
+    def unlearn_step(self, model, retain_batch, forget_batch, optimizer, step, epoch):
+        (last,), (_, counts) = self.kept["models"], self.kept["steps"]
+        loss = optimizer.step(lambda: cross_entropy(model(retain_batch.images), retain_batch.labels))
+        last.load_state_dict(model.state_dict())
+        counts["n"] += 1
+        return {"loss": loss}
+
+
+def test_another_name_for_what_is_on_self_stays_one_after_a_step():
+    rule, params, state = start(as_rule(Named))
+    for _ in range(2):
+        params, state, _ = jax.jit(rule.step)(params, state, RETAIN, FORGET)
+    *last, _, counted = state.extra["kept"]
+    assert_close(last, jax.tree.leaves((params, state.batch_stats)), 0)
+    assert counted == 2
+
+
 # Gradients as values, the look at the data, and weights that a step writes itself.
 
 

@@ -1,6 +1,7 @@
 """What to write in place of what a class of the PyTorch harness has written and JAX has not."""
 
 import inspect
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,8 @@ INSTEAD = {  # what PyTorch has and JAX has not
     "to": NEVER_CHANGES,
     "numpy": "write jnp in place of np",
 }
+ARGUMENTS = {"dim": "axis", "keepdim": "keepdims"}
+UNEXPECTED = re.compile(f"unexpected keyword argument '({'|'.join(ARGUMENTS)})'")  # Python 3.13 goes on: "Did you mean"
 
 
 def check_parts(method: Any) -> None:
@@ -88,7 +91,9 @@ def explained(cls: type[Any], part: str) -> Iterator[None]:
         file = function.__code__.co_filename if hasattr(function, "__code__") else None
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         place = f"{cls.__name__}.{part}" + (f", line {lines[-1]}" if lines else "")
-        raise UserError(f"{place}: {advice(error)}") from error
+        unknown = part != "setup" and isinstance(error, AttributeError) and isinstance(error.obj, cls)
+        first = ": give it its first value in setup(self, model)" if unknown else ""
+        raise UserError(f"{place}: {advice(error)}{first}") from error
 
 
 def advice(error: Exception) -> str:
@@ -116,6 +121,8 @@ def advice(error: Exception) -> str:
             return f".{name} is PyTorch's: {instead}"
     if isinstance(error, NotImplementedError) and "array.view()" in str(error):
         return ".view is PyTorch's: write reshape"
+    if isinstance(error, TypeError) and (unexpected := UNEXPECTED.search(str(error))):
+        return f"{unexpected[1]}= is PyTorch's: write {ARGUMENTS[unexpected[1]]}="
     if isinstance(error, TypeError) and str(error) == "'int' object is not callable":
         return f"{one_line(error)} (PyTorch's images.size(0) is images.shape[0])"
     return one_line(error)

@@ -18,7 +18,8 @@ from jaxunlearn.errors import UserError
 
 ESCAPED = (
     "a value made inside a closure (or inside lax.cond, jax.grad, ...) is used outside it: "
-    "return it from there, as in `loss, logits = optimizer.step(closure)`; inside jax.grad a model is in eval mode"
+    "return it from there, as in `loss, logits = optimizer.step(closure)`; inside jax.grad a model is in eval mode, "
+    "and one that is not on `self` is always"
 )
 MOST_PROGRAMS = 4  # without a warning
 

@@ -8,10 +8,11 @@ import optax
 
 from jaxunlearn.data.batches import Batch
 from jaxunlearn.errors import UserError
-from jaxunlearn.torch_style.attributes import join, split
+from jaxunlearn.torch_style.attributes import join, put, split
 from jaxunlearn.torch_style.models import Model, replaced
 
 PyTree = Any
+NO_MODEL = "the closure's loss does not depend on the model: call model(images) in the closure, not before it"
 
 
 class Optimizer:
@@ -27,6 +28,7 @@ class Optimizer:
         """One update of the model against the gradient of `closure()`, which calls the model and returns the loss.
 
         The closure may return a tuple that begins with the loss. Returns what it returned, as of before the update.
+        Raises UserError where the loss was made outside of it: it has no gradient.
         """
         result, gradients = self.gradients(closure)
         self.update(gradients)
@@ -43,6 +45,8 @@ class Optimizer:
             loss = result[0] if isinstance(result, tuple) else result
             if not isinstance(loss, jax.Array):
                 raise TypeError(f"the closure returns {type(loss).__name__}: it must return the loss")
+            if type(loss) is not type(jax.tree.leaves(params)[0]):  # what depends on them is traced as they are
+                raise UserError(NO_MODEL)
             # What it has replaced belongs to the trace of the gradient, and leaves it as a result.
             arrays, rest = split([vars(owner) for owner in self._owners])
             return loss, (result, arrays)
@@ -50,7 +54,7 @@ class Optimizer:
         params = self._model.params
         (_, (result, arrays)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
         for owner, attributes in zip(self._owners, join(arrays, rest), strict=True):
-            vars(owner).update(attributes)
+            vars(owner).update({name: put(vars(owner)[name], value) for name, value in attributes.items()})
         self._model.params = params
         return result, self._model.named(gradients)
 

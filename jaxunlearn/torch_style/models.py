@@ -17,6 +17,7 @@ from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.models.state_dicts import shortcut
 from jaxunlearn.models.torch_weights import TORCH_NAME, fit_weights
 from jaxunlearn.models.weight_files import read_weights
+from jaxunlearn.randomness import seed_key
 
 PyTree = Any
 
@@ -134,7 +135,7 @@ class Model:
 
     def reset_running_stats(self) -> None:
         """Sets BatchNorm's running means to 0 and variances to 1."""
-        _, self.batch_stats = self.network.initialise(jax.random.key(0))
+        _, self.batch_stats = self.network.initialise(seed_key(0))
 
     def random_key(self) -> jax.Array:
         """A new key for `jax.random`, where PyTorch would draw from its global generator."""
@@ -194,7 +195,7 @@ def _make(bench: str, num_classes: int, weights: str | os.PathLike[str] | None, 
     arrays = None if weights is None else read_weights(weights)
     if arrays is not None and protocol.model == "resnet20":
         protocol = dataclasses.replace(protocol, resnet_shortcut=shortcut(arrays))
-    network, key = _network(protocol, num_classes), jax.random.key(seed)
+    network, key = _network(protocol, num_classes), seed_key(seed)
     if weights is None or arrays is None:
         return Model(network, *network.initialise(key), Generator(key))
     params, batch_stats = jax.eval_shape(network.initialise, key)

@@ -12,6 +12,7 @@ from jaxunlearn.data.batches import Batch
 from jaxunlearn.errors import UserError
 from jaxunlearn.methods.rule import Context, RuleState, UnlearningRule, init_state
 from jaxunlearn.models.network import Network
+from jaxunlearn.randomness import seed_key
 from jaxunlearn.torch_style.advice import PREPARE, check_parts, explained
 from jaxunlearn.torch_style.attributes import Attributes, Rest, first_attributes, join, next_arrays
 from jaxunlearn.torch_style.epochs import switch_epochs
@@ -45,7 +46,7 @@ def as_rule(cls: type[Any]) -> Callable[..., UnlearningRule]:
         # Jitted, so that tracing a step again for each epoch costs next to nothing.
         network = jitted(Network(*(getattr(context, name) for name in Network._fields)))
         adam = context.optimizer._replace(update=jax.jit(context.optimizer.update))
-        generator = Generator(jax.random.key(0))  # of the step that is traced: `init` and `at_epoch` set its key
+        generator = Generator(seed_key(0))  # of the step that is traced: `init` and `at_epoch` set its key
         rest: dict[str, Rest] = {}  # the attributes without their arrays, as `init` has left them
 
         def init(params: PyTree, batch_stats: PyTree, key: jax.Array) -> RuleState:
