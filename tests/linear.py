@@ -76,6 +76,14 @@ class Model(NamedTuple):
         return (images - np.asarray(mean)) @ self.kernel + self.bias
 
 
+def moved(stats, *batches):
+    """BatchNorm's running mean after train-mode forwards of these batches."""
+    mean = np.asarray(stats["bn"]["mean"])
+    for batch in batches:
+        mean = 0.5 * mean + 0.5 * np.asarray(batch.images).reshape(len(batch.images), -1).mean(0)
+    return mean
+
+
 def in_numpy(params):
     return Model(*(np.asarray(params["head"][name], float) for name in ("kernel", "bias")))
 

@@ -1,5 +1,7 @@
 """Rules that are a loss, or that learn a part of the model: each against its equation, by numpy in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from arrays import (
     CLASSES,
     FORGET,
     FRESH,
+    LAYERS,
     MEAN,
     RATE,
     RETAIN,
@@ -29,11 +32,13 @@ from linear import log_softmax
 
 from jaxunlearn.benchmarks import BENCHMARKS
 from jaxunlearn.data.batches import Batch
+from jaxunlearn.errors import UserError
 from jaxunlearn.ingredients.labels import other_classes, random_labels, wrong_labels
 from jaxunlearn.ingredients.masks import freeze_outside, largest, last_layers
 from jaxunlearn.methods.boundary_shrink import rule as boundary_shrink
 from jaxunlearn.methods.rule import Student
 from jaxunlearn.models.network import make_network
+from jaxunlearn.registry import build_rule, get_method
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.numbers]  # compiles in less time
 ROWS = np.arange(len(FORGET.labels))
@@ -203,6 +208,10 @@ def test_negate_first_negates_one_kernel_and_goes_on_as_finetuning():
     expected = params | {"conv1": {}}
     jax.tree.map(np.testing.assert_array_equal, (after, state.batch_stats), (expected, before.batch_stats))
     assert_steps_down(stepped("negate_first"), retain_loss)
+    preceded = build_rule(get_method("negate_first"), context()._replace(layers=lambda: ("bn2", *LAYERS)))
+    np.testing.assert_array_equal(
+        preceded.prepare(params, before, [], [])[0]["conv1"]["kernel"], -params["conv1"]["kernel"]
+    )
 
 
 def attacked(eps):
@@ -280,3 +289,31 @@ def test_the_last_eight_layers_of_a_resnet_are_its_last_stage_and_head():
     assert last_layers(names, params, 8) == {name for name in names if name.startswith(("layer3.", "linear"))}
     assert last_layers(names, params, 7) == last_layers(names, params, 8) - {"layer3.0.conv1", "layer3.0.bn1"}
     assert last_layers(names, params, 99) == {*names}
+
+
+def test_a_batch_norm_without_a_layer_of_its_own_belongs_to_the_one_before_it():
+    names = ["norm", "conv1", "bn1", "bn2", "conv2", "linear", "last"]
+    params = {name: {"kernel": 0} if name.startswith(("conv", "linear")) else {"scale": 0} for name in names}
+    assert last_layers(names, params, 1) == {"linear", "last"}
+    assert last_layers(names, params, 2) == {"conv2", "linear", "last"}
+    assert last_layers(names, params, 3) == {*names}  # what is before all belongs to the first
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("cf_k.k=0", "k is 0: it must be more than 0"),
+        ("eu_k.k=-1", "k is -1: it must be more than 0"),
+        ("scrub.temperature=0", "temperature is 0.0: it must be more than 0"),
+        ("adaptive_uniform.max_norm=0", "max_norm is 0.0: it must be more than 0"),
+        ("unsir.images=0", "images is 0: it must be more than 0"),
+        ("fisher.alpha=-1", "alpha is -1.0: it must be more than 0"),
+        ("importance_masked.limits=(1.0,)", "limits is (1.0,): it must be 2 numbers"),
+        ("munba.fallback=()", "fallback is (): it must be 2 numbers"),
+    ],
+)
+def test_hyperparameters_that_would_do_nothing_are_refused_in_a_line(setting, said):
+    place, value = setting.split("=")
+    name, key = place.split(".")
+    with pytest.raises(UserError, match=f"{re.escape(said)}$"):
+        rule_of(name, **{key: value})

@@ -1,5 +1,7 @@
 """What the package's own rule computes, by numpy."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -23,6 +25,10 @@ from linear import (
 from jaxunlearn.methods import masked_distillation
 from jaxunlearn.methods.rule import Frozen
 from jaxunlearn.registry import build_rule, get_method
+from jaxunlearn.results import records
+from jaxunlearn.results.statistics import t_interval
+
+STUDY = Path(__file__).parent.parent / "results/masked_distillation"
 
 pytestmark = [pytest.mark.usefixtures("in_float64", "quick_compilation"), pytest.mark.numbers]
 TEACHER, STUDENT = 0, 1
@@ -94,7 +100,7 @@ def test_a_model_that_is_there_already_stays():
 
 
 def test_the_variants_of_the_study_are_the_rule_but_for_what_is_switched():
-    variants = get_method(str(Path(__file__).parent.parent / "results/masked_distillation/variants.py"))
+    variants = get_method(str(STUDY / "variants.py"))
     step, state = begun()
     own = build_rule(variants, linear_context())
     params = linear_model(STUDENT)[0]
@@ -102,3 +108,32 @@ def test_the_variants_of_the_study_are_the_rule_but_for_what_is_switched():
     actual, other, _ = jax.jit(own.step)(params, own.init(*linear_model(TEACHER), jax.random.key(0)), RETAIN, FORGET)
     for one, two in zip(*map(jax.tree.leaves, ((expected, after.extra[1]), (actual, other.extra[1]))), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in STUDY.glob("*/variants-*")}), ids=lambda path: path.name
+)
+def test_the_differences_of_the_study_are_those_of_its_records(folder):
+    said = subprocess.run(
+        [sys.executable, STUDY / "differences.py", folder], capture_output=True, text=True, check=True
+    )
+    lines = {line[:30].strip(): line[30:].split() for line in said.stdout.splitlines()}
+    made = [[records.read(path) for path in sorted(one.glob("*.json"))] for one in folder.glob("variants-*")]
+    gaps = {
+        str(own[0]["hyperparameters"]): [record["companions"]["against_retrain"]["average_gap"] for record in own]
+        for own in made
+    }
+    rule = np.array(gaps[str(get_method(str(STUDY / "variants.py")).hyperparameters)])
+    expected = [
+        [
+            f"{np.mean(own):.3f}",
+            f"{np.mean(own - rule):+.3f}",
+            "±",
+            f"{t_interval(own - rule):.3f}",
+            str(len(own)),
+            "pairs",
+        ]
+        for own in map(np.array, gaps.values())
+    ]
+    assert sorted(lines.values()) == sorted(expected)
+    assert lines["the rule"][1] == "+0.000"

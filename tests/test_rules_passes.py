@@ -1,6 +1,7 @@
 """What the rules compute that change the model before any step, by numpy."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,3 +143,27 @@ def test_fisher_looks_at_images_one_by_one():
     for images, expected in ((0, None), (7, 7)):
         (one,) = fisher.rule(linear_context(), images=images).passes
         assert (one.over, one.images, one.batch_size) == ("retain", expected, 1)
+
+
+def test_fishers_noise_of_each_kind_of_tensor():
+    """Alike for all inputs of a kernel's feature; ten times the variance in vectors and in the head."""
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 2, 4), "bn": (4,), "head": (4, CLASSES)}
+    information = {name: rng.uniform(0.05, 1, shape) for name, shape in shapes.items()}
+    nothing = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    rule = fisher.rule(linear_context(), alpha=0.01, largest=5.0, largest_of_head=3.0)
+    state = rule.init(*linear_model(1), jax.random.key(0))._replace(step=jnp.int32(2))
+    flat, like_params = jax.flatten_util.ravel_pytree(nothing)
+    noise = like_params(jax.random.normal(state.key, flat.shape, flat.dtype))
+    after, _ = rule.passes[0].finish(nothing, state, {name: 2 * fisher for name, fisher in information.items()})
+    limits = {"conv": 5.0, "bn": 5.0, "head": 3.0}
+    variance = {name: 0.01 * np.minimum(1 / (information[name] + 1e-8), limit) for name, limit in limits.items()}
+    expected = {
+        "conv": np.broadcast_to(variance["conv"].mean(2, keepdims=True), shapes["conv"]),
+        "bn": 10 * variance["bn"],
+        "head": np.broadcast_to(10 * variance["head"].mean(0), shapes["head"]),
+    }
+    kept = {"conv": slice(None), "bn": slice(None), "head": slice(1, None)}  # the head's first class is the forgotten
+    for name, which in kept.items():
+        drawn = np.asarray(after[name] / noise[name]) ** 2
+        np.testing.assert_allclose(drawn[..., which], expected[name][..., which], rtol=1e-6)

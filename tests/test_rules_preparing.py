@@ -92,16 +92,17 @@ def test_unsir_learns_images_away_from_the_forgotten_class():
     np.testing.assert_allclose(after, noise, rtol=1e-4, atol=1e-4)
 
 
-def test_unsir_impairs_in_its_first_epochs_then_repairs():
-    rule = unsir(of_corners(), images=2, impair=0.25)
+@pytest.mark.parametrize(("epochs", "steps"), [(8, 3), (1, 24)])  # a single epoch is divided too
+def test_unsir_impairs_in_its_first_steps_then_repairs(epochs, steps):
+    rule = unsir(of_corners()._replace(epochs=epochs, steps_per_epoch=steps), images=2, impair=0.25)
     step, before = jax.jit(rule.step), start(rule)
     padded = jnp.pad(ON_DEVICE[0].images, ((0, 0), (0, 30), (0, 30), (0, 0)))
     retain = dataclasses.replace(ON_DEVICE[0], images=padded)
     repaired = np.asarray(RETAIN.images, np.float64), RETAIN.labels
     learned = corner(np.asarray(before.extra, np.float64)), [2, 2]
     impaired = [np.concatenate(pair) for pair in zip(repaired, learned, strict=True)]
-    for epoch, (images, labels) in ((1, impaired), (2, repaired)):  # of eight
-        state = before._replace(epoch=jnp.int32(epoch))
+    for number, (images, labels) in ((5, impaired), (6, repaired)):  # of 24
+        state = before._replace(step=jnp.int32(number), epoch=jnp.int32(number // steps))
         metrics = step(single(STUDENT[0]), state, retain, ON_DEVICE[1])[2]
         logits, _ = network(STUDENT[0], TEACHER[1], images, True)
         np.testing.assert_allclose(metrics["loss"], ce(logits, labels), rtol=1e-5)

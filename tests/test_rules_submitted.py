@@ -17,6 +17,7 @@ from linear import (
     linear_context,
     linear_model,
     log_softmax,
+    moved,
     softmax,
     take_step,
     vector,
@@ -40,14 +41,6 @@ def made(rule, **hyperparameters):
 def clipped(gradients, norm=5.0):
     length = np.linalg.norm(vector(gradients))
     return Model(*(array * min(1, norm / length) for array in gradients)), length
-
-
-def moved(stats, *batches):
-    """BatchNorm's running mean after train-mode forwards of these batches."""
-    mean = np.asarray(stats["bn"]["mean"])
-    for batch in batches:
-        mean = 0.5 * mean + 0.5 * np.asarray(batch.images).reshape(len(batch.images), -1).mean(0)
-    return mean
 
 
 @pytest.mark.parametrize("max_norm", [5.0, 0.1])
@@ -160,7 +153,8 @@ def pcgrad(model, retain, forget, stats, importance, step, epoch, damping, teach
     if conflict:
         away = Model(*(two - r @ f / (r @ r) * one for one, two in zip(down, away, strict=True)))
     weight = min(1, (epoch + 1) / 4) * min(1, np.linalg.norm(r) / np.linalg.norm(vector(away)))
-    return Model(*(one + weight * two for one, two in zip(down, away, strict=True))), on_retain(model), conflict
+    mixed = Model(*(one + weight * two for one, two in zip(down, away, strict=True)))
+    return mixed, on_retain(model), conflict, Model(*importance)
 
 
 @pytest.mark.parametrize("teacher_first", [False, True])
@@ -173,11 +167,12 @@ def test_fisher_pcgrad(teacher_first, number, epoch, damping):
         params = jax.tree.map(lambda x, scale=scale: scale * x, linear_model(3)[0])
         changes = {"step": jnp.int32(number), "epoch": jnp.int32(epoch), "extra": (state.extra[0], before)}
         taken, after, metrics = take_step(step, params, state, retain, forget, **changes)
-        expected, loss, conflict = pcgrad(
+        expected, loss, conflict, running = pcgrad(
             in_numpy(params), retain, forget, stats, in_numpy(before), number, epoch, damping, teacher_first
         )
         conflicts.add(bool(conflict))
         assert_close(after.extra[0], state.extra[0], 0)  # the teacher
+        assert_same(in_numpy(after.extra[1]), running)
         assert_same(taken, expected)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-9)
         np.testing.assert_allclose(after.batch_stats["bn"]["mean"], moved(state.batch_stats, retain, forget))

@@ -15,6 +15,7 @@ from linear import (
     linear_context,
     linear_model,
     log_softmax,
+    moved,
     take_step,
     vector,
 )
@@ -109,6 +110,7 @@ def test_gdr_gma():
         expected, entry, met, used = rectified_and_weighed(in_numpy(params), retain, forget, bank[[0, 2]], epoch)
         assert_same(taken, expected)
         np.testing.assert_allclose(after.extra, [bank[0], entry, bank[2]], atol=1e-8)
+        np.testing.assert_allclose(after.batch_stats["bn"]["mean"], moved(state.batch_stats, retain, forget))
         np.testing.assert_allclose(metrics["loss"], cross_entropy(in_numpy(params)(retain), retain.labels))
         conflicts |= {*met}
         uses.add((epoch, used))
@@ -175,6 +177,7 @@ def test_fanchuan():
     others = model(retain)  # without a gradient
     apart = minus(model, gradient(lambda model: -log_softmax(model(forget) @ others.T / 1.15).mean(), model))
     end = minus(apart, gradient(lambda model: cross_entropy(model(retain), retain.labels), apart))
-    taken, _, metrics = take_step(step, params, state, retain, forget, step=jnp.int32(1))
+    taken, after, metrics = take_step(step, params, state, retain, forget, step=jnp.int32(1))
     assert_same(taken, minus(model, end))
+    np.testing.assert_allclose(after.batch_stats["bn"]["mean"], moved(state.batch_stats, forget, retain, retain))
     np.testing.assert_allclose(metrics["loss"], cross_entropy(apart(retain), retain.labels))

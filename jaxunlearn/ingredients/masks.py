@@ -11,7 +11,8 @@ PyTree = Any
 
 def last_layers(names: Sequence[str], params: Mapping[str, Any], count: int) -> set[str]:
     """The names of the last `count` layers, all where there are fewer: convolutions and linear layers, each with the
-    BatchNorm behind it. A convolution in a shortcut counts as any other.
+    BatchNorm behind it. A convolution in a shortcut counts as any other; a BatchNorm that is behind none that lacks one
+    belongs to the layer before it, or to the first.
 
     Args:
       names: of everything that has parameters, in the order in which it computes, as of `Context.layers`.
@@ -19,12 +20,14 @@ def last_layers(names: Sequence[str], params: Mapping[str, Any], count: int) -> 
     """
     layers: list[list[str]] = []
     bare: list[list[str]] = []
+    front: list[str] = []
     for name in names:
         if "kernel" in params[name]:
             layers.append([name])
             bare.append(layers[-1])
         else:  # behind the last without one: a shortcut stands between a block's last convolution and its BatchNorm
-            bare.pop().append(name)
+            (bare.pop() if bare else layers[-1] if layers else front).append(name)
+    layers[0] += front
     return {name for layer in layers[max(len(layers) - count, 0) :] for name in layer}
 
 

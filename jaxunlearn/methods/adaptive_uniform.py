@@ -18,6 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxunlearn.ingredients.checks import check_positive
 from jaxunlearn.ingredients.gradients import clip
 from jaxunlearn.methods.rule import UnlearningRule, accuracy, cross_entropy, differentiate, init_state, update
 
@@ -30,6 +31,8 @@ def rule(
     logit_weight: float = 0.03,
     max_norm: float = 5.0,
 ) -> UnlearningRule:
+    check_positive(max_norm=max_norm)
+
     def step(params, state, retain, forget):
         images = jnp.concatenate([retain.images, forget.images])  # no image sees another: one forward does
 

@@ -23,7 +23,7 @@ def rule(context) -> UnlearningRule:
         return init_state(context, params, batch_stats, key, extra=jax.random.key_data(key))
 
     def step(params, state, retain, forget):
-        key = jax.random.wrap_key_data(state.extra)
+        key = jax.random.wrap_key_data(state.extra, impl=jax.random.key_impl(state.key))
         wrong = wrong_labels(key, forget.indices, forget.labels, context.num_classes)
         return descend(context, params, state, lambda student: relabelled(student, retain, forget, wrong))
 

@@ -3,10 +3,11 @@ the last k layers learn.
 
 A layer is a convolution or linear layer with the BatchNorm behind it. The others are frozen, and so are their running
 statistics; while the rest learns, the batch normalises all layers. By default these are the last stage and the head of
-ResNet-20, the last two blocks and both linear layers of VGG-16-BN, the last two blocks, the last convolution and the
-head of MobileNetV2. For any forget set.
+ResNet-20 (with shortcut B), the last two blocks and both linear layers of VGG-16-BN, the last two blocks, the last
+convolution and the head of MobileNetV2. For any forget set.
 
-Differs: one k for all, where the paper chooses it by validation, and the protocol's Adam in place of SGD.
+Differs: one k for all, where the paper chooses it by validation; frozen layers keep their running statistics, which
+published code lets move; and the protocol's Adam in place of SGD.
 
 Values: ours.
 
@@ -17,11 +18,13 @@ from functools import partial
 
 import jax
 
+from jaxunlearn.ingredients.checks import check_positive
 from jaxunlearn.ingredients.masks import last_layers
 from jaxunlearn.methods.rule import UnlearningRule, descend, init_state, supervised
 
 
 def rule(context, *, k: int = 8) -> UnlearningRule:
+    check_positive(k=k)
     names = context.layers()
 
     def step(params, state, retain, forget):

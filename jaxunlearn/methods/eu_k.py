@@ -4,7 +4,7 @@ afresh, BatchNorm statistics too, and then learn as in CF-k: CE(retain), all oth
 For any forget set. Which layers the last k are: see `cf_k`.
 
 Differs: the fresh layers have the steps of unlearning alone, with the protocol's Adam, where the paper gives them the
-schedule of training, and k is one for all.
+schedule of training; frozen layers keep their running statistics, which published code lets move; and k is one for all.
 
 Values: ours.
 

@@ -20,12 +20,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxunlearn.ingredients.checks import check_positive
 from jaxunlearn.methods.rule import UnlearningRule, cross_entropy, descend, init_state, kl_divergence
 
 ranges = {"uniform_share": (0.02, 0.5)}
 
 
 def rule(context, *, uniform_share: float = 0.11, temperature: float = 1.15) -> UnlearningRule:
+    check_positive(temperature=temperature)
     uniform_steps = uniform_share * context.epochs * context.steps_per_epoch
 
     def step(params, state, retain, forget):

@@ -23,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 from optax.tree_utils import tree_add_scale, tree_scale
 
 from jaxunlearn.errors import UserError
+from jaxunlearn.ingredients.checks import check_positive
 from jaxunlearn.ingredients.gradients import zeros
 from jaxunlearn.methods.rule import Pass, UnlearningRule, init_state
 
@@ -32,6 +33,7 @@ ranges = {"alpha": (1e-8, 1e-4), "images": (500, 2000)}
 def rule(
     context, *, alpha: float = 1e-6, largest: float = 1e3, largest_of_head: float = 1e2, images: int = 1000
 ) -> UnlearningRule:
+    check_positive(alpha=alpha)
     if images < 0:
         raise UserError(f"images is {images}: it must be 0, for all, or how many")
     head, forgotten = context.layers()[-1], context.forget_class

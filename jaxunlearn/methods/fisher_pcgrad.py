@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from optax.tree_utils import tree_add_scale
 
+from jaxunlearn.ingredients.checks import check_positive
 from jaxunlearn.ingredients.gradients import norm, without_conflict
 from jaxunlearn.methods.rule import (
     Frozen,
@@ -46,6 +47,8 @@ def rule(
     memory: float = 0.9,
     ramp_epochs: int = 4,
 ) -> UnlearningRule:
+    check_positive(temperature=temperature)
+
     def distance(log_target, logits):
         pair = jax.nn.log_softmax(logits / temperature), log_target
         answers, targets = pair if teacher_first else pair[::-1]

@@ -20,6 +20,7 @@ Reads: retain, forget.
 import jax
 import jax.numpy as jnp
 
+from jaxunlearn.ingredients.checks import check_lengths, check_positive
 from jaxunlearn.ingredients.gradients import clip, norm
 from jaxunlearn.methods.rule import UnlearningRule, differentiate, init_state, supervised, update
 
@@ -38,6 +39,9 @@ def rule(
     from_zero: bool = False,
     each: bool = False,
 ) -> UnlearningRule:
+    check_positive(max_norm=max_norm)
+    check_lengths(ascent=(ascent, 3), limits=(limits, 2))
+
     def init(params, batch_stats, key):
         return init_state(context, params, batch_stats, key, extra=jnp.zeros(()))
 

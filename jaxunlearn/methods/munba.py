@@ -20,6 +20,7 @@ from functools import partial
 import jax.numpy as jnp
 from optax.tree_utils import tree_add_scale, tree_scale, tree_vdot
 
+from jaxunlearn.ingredients.checks import check_lengths, check_positive
 from jaxunlearn.ingredients.gradients import clip, norm
 from jaxunlearn.ingredients.labels import random_labels
 from jaxunlearn.methods.rule import UnlearningRule, cross_entropy, differentiate, init_state, supervised, update
@@ -37,6 +38,9 @@ def bargain(retain, forget, fallback):
 
 
 def rule(context, *, fallback: tuple = (1.0, 0.1), max_norm: float = 1.0) -> UnlearningRule:
+    check_positive(max_norm=max_norm)
+    check_lengths(fallback=(fallback, 2))
+
     def step(params, state, retain, forget):
         def on_forget(student):
             labels = random_labels(student.random_key(), forget.labels, context.num_classes)

@@ -15,9 +15,8 @@ from jaxunlearn.methods.rule import UnlearningRule
 
 
 def rule(context) -> UnlearningRule:
-    first = context.layers()[0]
-
     def prepare(params, state, retain_set, forget_set):
+        first = next(name for name in context.layers() if "kernel" in params[name])  # a BatchNorm may be before it
         return params | {first: params[first] | {"kernel": -params[first]["kernel"]}}, state
 
     return retain_finetune(context)._replace(prepare=prepare)

@@ -3,8 +3,8 @@ arXiv:2310.12508): CE(retain) + CE(forget, y'), y' uniform over all classes, dra
 
 For any forget set.
 
-Differs: two forwards in one step, retain first, where published code steps on each in turn, and the protocol's Adam,
-whose moments the two terms share, in place of SGD.
+Differs: two forwards in one step, retain first, where published code learns one after the other or both in one batch,
+and the protocol's Adam, whose moments the two terms share, in place of SGD.
 
 Values: none.
 

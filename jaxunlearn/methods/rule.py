@@ -92,7 +92,7 @@ class UnlearningRule(NamedTuple):
     step:    (params, state, retain, forget) -> (params, state, metrics); jitted, metrics are f32 scalars with "loss"
     prepare: (params, state, retain_set, forget_set) -> (params, state); called once, outside jit. A set is iterated
              for its clean batches, in file order: `for images, labels in retain_set`. For a few batches: nothing of
-             it is compiled or saved on the way.
+             it is compiled or saved on the way. `state.key` is what init had: where both draw, fold a number into it.
     passes:  what goes over a whole set, one after the other, behind `prepare`
     """
 

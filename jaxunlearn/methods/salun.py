@@ -5,8 +5,9 @@ together with the largest |sum over forget of grad CE|, of the pretrained model 
 For any forget set. A weight outside the mask has a gradient of zero, of which Adam makes no step; BatchNorm's
 statistics move in all layers.
 
-Differs: two forwards in one step, retain first, where published code steps on each in turn, and the protocol's Adam in
-place of SGD 0.013 for 10 epochs.
+Differs: y' may be the true class, as in published code, where the paper excludes it and weighs retain; two forwards in
+one step, retain first, where that code has an epoch of forget and one of retain on CIFAR-10, and both in one batch on
+CIFAR-100; and the protocol's Adam in place of SGD 0.013 for 10 epochs.
 
 Values: the paper's.
 

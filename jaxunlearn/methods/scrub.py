@@ -13,6 +13,7 @@ Reads: retain, forget images.
 
 import jax
 
+from jaxunlearn.ingredients.checks import check_positive
 from jaxunlearn.methods.rule import (
     Frozen,
     UnlearningRule,
@@ -30,6 +31,8 @@ ranges = {"temperature": (1.0, 10.0), "gamma": (0.1, 1.0)}
 def rule(
     context, *, temperature: float = 4.0, gamma: float = 0.99, alpha: float = 0.01, forget_epochs: int = 2
 ) -> UnlearningRule:
+    check_positive(temperature=temperature)
+
     def distance(teacher_logits, logits):
         return temperature**2 * kl_divergence(jax.nn.softmax(teacher_logits / temperature), logits / temperature)
 

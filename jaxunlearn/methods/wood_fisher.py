@@ -8,9 +8,11 @@ and retain, n_f and n how many images are in forget and in all. H^(-1) v is Wood
 
 All in eval mode. No step, so no Adam. For classes and samples.
 
-Differs: the images of the recursion are drawn, where the code takes the first. As in that code o is only ever the first
-image's gradient, shortened: the o of every image, which H^(-1) would need, are as many models. So k leaves v only along
-that gradient, and the rule is hardly more than one long step of gradient ascent.
+Differs: as in that code, unlike in the paper of WoodFisher, o is only ever the first image's gradient, scaled, so k
+leaves v along it alone and the rule is mostly one long step of gradient ascent (the o of every image, which H^(-1)
+would need, are as many models). Nothing keeps N + o . g above 0: a first image whose gradient is against many others'
+makes o grow without bound. The images of the recursion are drawn, where the code takes the first, and N stays `images`
+where retain has fewer.
 
 Values: the published code's for `images`, ours for alpha: on the digits 1 forgets nothing, where that code has .2, and
 10 costs half of retain.
@@ -24,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from optax.tree_utils import tree_add_scale, tree_scale, tree_sub, tree_vdot
 
-from jaxunlearn.errors import UserError
+from jaxunlearn.ingredients.checks import check_positive
 from jaxunlearn.ingredients.gradients import in_eval_mode, zeros
 from jaxunlearn.methods.rule import Pass, UnlearningRule, cross_entropy, init_state
 
@@ -32,8 +34,7 @@ ranges = {"images": (500, 2000)}
 
 
 def rule(context, *, alpha: float = 3.0, images: int = 1000) -> UnlearningRule:
-    if images < 1:
-        raise UserError(f"images is {images}: it must be at least 1")
+    check_positive(images=images)
 
     def init(params, batch_stats, key):
         return init_state(context, params, batch_stats, key, extra=start(params, None))
