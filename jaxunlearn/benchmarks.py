@@ -31,11 +31,12 @@ FLAGS = {
     "resnet_shortcut": "ResNet-20's shortcut: 1x1 convolution (B) or none (A); given weights bring their own",
     "precision": "of the computation (default: fp32, on a GPU tf32)",
 }
-SWITCHES = {  # further ones, that only turn something on
+SWITCHES = {  # further ones, that are on or off
     "validation": "hold a tenth of the training images out, and evaluate on these",
-    "drop_last": "leave out partial last batches",
+    "drop_last": "leave out partial last batches; --no-drop-last keeps them",
     "mia_augment": "score by the attack that sees the forget-train images augmented",
 }
+OF_ONE_MODEL = {"resnet_shortcut": "resnet20", "mobilenet_stride": "mobilenetv2", "mobilenet_dropout": "mobilenetv2"}
 EVALUATIONS = ("basic", "full")  # what is computed of each model
 MOST = 1_000_000  # epochs, and images a batch: steps compute with them in 32 bits
 MOST_SEEDS = 10_000  # that train together
@@ -180,6 +181,10 @@ def validate(protocol: Protocol, num_classes: int) -> None:
         raise UserError(
             f"forget class {protocol.forget_class} does not exist: {protocol.dataset} has 0 to {num_classes - 1}"
         )
+    for name, model in OF_ONE_MODEL.items():
+        default = getattr(Protocol, name)
+        if protocol.model != model and (value := getattr(protocol, name)) != default:
+            raise UserError(f"{name} is {value!r}: {protocol.model} has none, it is {model}'s alone")
     if not isinstance(protocol.train_limit, int | None):
         raise UserError(f"train_limit is {protocol.train_limit!r}: it must be a whole number")
     if protocol.train_limit is not None and protocol.train_limit < num_classes:

@@ -138,7 +138,10 @@ def build_rule(method: Method, context: Any) -> UnlearningRule:
 
 
 def parse_value(name: str, text: str, default: Any) -> Any:
-    """`text` as a value of `default`'s type. Raises UserError where it is none."""
+    """`text` as a value of `default`'s type, where that is None as a literal or itself.
+
+    Raises UserError where it is none.
+    """
     try:
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -148,17 +151,24 @@ def parse_value(name: str, text: str, default: Any) -> Any:
             return value
         if isinstance(default, int | str):
             return int(text) if isinstance(default, int) else text
-        value = ast.literal_eval(text)
-        _check_json(value)
+        literal: Any = ast.literal_eval(text) if default is not None else _literal_or_text(text)
+        _check_json(literal)
         if isinstance(default, tuple):
-            items = tuple(type(default[0])(item) for item in value) if default else tuple(value)
-            if not isinstance(value, tuple | list) or items != tuple(value):
+            items = tuple(type(default[0])(item) for item in literal) if default else tuple(literal)
+            if not isinstance(literal, tuple | list) or items != tuple(literal):
                 raise ValueError
             return items
-        return value
+        return literal
     except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         expected = "true or false" if isinstance(default, bool) else f"a value like {default!r}"
         raise UserError(f"--set {name}={text}: expected {expected}") from None
+
+
+def _literal_or_text(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def as_typed(value: Any) -> str:

@@ -24,11 +24,11 @@ from jaxunlearn.benchmarks import Protocol
 from jaxunlearn.data.batches import Images
 from jaxunlearn.devices.ceilings import copy_rate, matmul_rate
 from jaxunlearn.devices.configuration import (
+    cache_configured,
     computing,
     default_precision,
     programs_kept,
     request_devices,
-    restored,
     within_memory,
 )
 from jaxunlearn.devices.sharding import make_mesh, place_shared
@@ -71,6 +71,8 @@ def side(connection: Connection, serve: Callable[..., None], *arguments: Any) ->
             serve(connection, *arguments)
     except UserError as error:
         connection.send(error)
+    except KeyboardInterrupt:
+        pass  # a terminal interrupts both ends, and the other one says so
 
 
 def answer(
@@ -133,11 +135,10 @@ class Burst:
 
     def _begin(self, first: int) -> float:
         timing = Timing()
-        with restored("jax_compilation_cache_dir"):
-            jax.config.update("jax_compilation_cache_dir", None)  # the user's own may have these programs already
-            with programs_kept(self._programs):
-                self._run, self._state = self._workload.make(self._quantity, timing)
-                self._advance(first)
+        # The user's own cache may have these programs already.
+        with cache_configured(jax_compilation_cache_dir=None), programs_kept(self._programs):
+            self._run, self._state = self._workload.make(self._quantity, timing)
+            self._advance(first)
         return timing["compile_s"]
 
     def _advance(self, first: int) -> None:

@@ -22,10 +22,9 @@ os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cach
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny import PLAIN, TINY, Tiny
 
-from jaxunlearn.devices.configuration import restored
+from jaxunlearn.devices.configuration import cache_configured
 from jaxunlearn.files import default_cache
 from jaxunlearn.models import MODELS
 from jaxunlearn.ops import native
@@ -98,14 +97,12 @@ def in_float64():
 @pytest.fixture
 def cache_not_given():
     """JAX as it is where nobody has given it a cache, for one test."""
-    settings = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
-    settings["jax_persistent_cache_enable_xla_caches"] = "xla_gpu_per_fusion_autotune_cache_dir"
-    with restored(*settings):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # it keeps the folder that it was first used with
+    with cache_configured(
+        jax_compilation_cache_dir=None,
+        jax_persistent_cache_min_compile_time_secs=1.0,
+        jax_persistent_cache_enable_xla_caches="xla_gpu_per_fusion_autotune_cache_dir",
+    ):
         yield
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

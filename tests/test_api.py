@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import pandas
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jobs import share_kernels
 from test_bench import BENCH, TINY, bench
 
@@ -122,20 +121,23 @@ def test_an_interrupted_unlearning_by_a_function_starts_again(run, tmp_path, mon
     assert numbers(second) == numbers(fresh) != numbers(first)
 
 
+def test_a_seed_means_the_same_run_whichever_generator_jax_is_set_to(run):
+    (usual,) = run(["amnesiac"], evaluate="full")
+    with jax.default_prng_impl("rbg"):
+        (other,) = run(["amnesiac"], evaluate="full", cache_dir="another", out="others")
+    assert numbers(usual) == numbers(other) and usual["companions"] == other["companions"]
+
+
 @pytest.mark.usefixtures("cache_not_given")
 def test_settings_of_jax_that_were_made_before_stay(run, tmp_path, monkeypatch):
     before = {name: jax.config.values[name] for name in SETTINGS}
     run()
     assert {name: jax.config.values[name] for name in SETTINGS} == before
     assert any((tmp_path / "cache" / "xla").iterdir())
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
-    try:
+    with configuration.cache_configured(jax_compilation_cache_dir=str(tmp_path / "mine")):
         run(seeds=[7], cache_dir="another")  # of other programs, none of which is known
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
         assert not (tmp_path / "another" / "xla").exists()
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before["jax_compilation_cache_dir"])
-        compilation_cache.reset_cache()
 
 
 @pytest.mark.cpu

@@ -132,6 +132,7 @@ def test_originals_of_other_images_are_not_those_of_a_retrained_model(tmp_path):
         (("--together", "0"), "--together 0: it must be at least 1"),
         (("--method", "retrain"), "--method retrain: name a method that is to be told from it"),
         (("--plot", "roc.pdf"), "--plot roc.pdf: its name must end in .png or .svg"),
+        (("--plot", "/proc/nowhere/roc.png"), "/proc/nowhere"),
         (("--set", "protocol.init_weights=x"), "no such field"),
         (("--set", "protocol.pretrain_epochs=1"), "it has a flag of its own, --pretrain-epochs"),
     ],

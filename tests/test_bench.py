@@ -39,16 +39,12 @@ def bench(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_SECONDS", (3600.0, 3600.0))  # however slow this machine is now
     monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in settings}
 
     def run(*arguments, command="bench"):
         status = main([command, *arguments, "--cache-dir", "cache"])
         return status, *capsys.readouterr()
 
-    yield run
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return run
 
 
 def write_idx(folder, images, labels):

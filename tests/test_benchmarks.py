@@ -8,6 +8,7 @@ from jaxunlearn.benchmarks import BENCHMARKS, PRETRAIN_FIELDS, Protocol, get_ben
 from jaxunlearn.data.sources import DATASETS
 from jaxunlearn.errors import UserError
 from jaxunlearn.models.network import make_network
+from jaxunlearn.randomness import abstract_key
 
 OFFICIAL = {
     "model": "resnet20",
@@ -77,7 +78,7 @@ def test_a_model_takes_another_data_set():
     protocol = BENCHMARKS["vgg16bn-cifar10-class0"]
     classes = DATASETS[protocol.dataset].num_classes
     network = make_network(protocol, classes)
-    variables = jax.eval_shape(network.initialise, jax.eval_shape(jax.random.key, 0))
+    variables = jax.eval_shape(network.initialise, abstract_key())
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     assert jax.eval_shape(network.apply_eval, *variables, images).shape == (2, classes)
 
@@ -112,6 +113,7 @@ def test_unknown_benchmark_names_the_nearest(name, nearest):
         ("crop_padding", "edge", "choose from zero, reflect"),
         ("resnet_shortcut", "C", "choose from B, A"),
         ("mobilenet_stride", 3, "choose from 1, 2"),
+        ("mobilenet_stride", 2, "mobilenet_stride is 2: resnet20 has none, it is mobilenetv2's alone"),
         ("precision", "fp16", "choose from fp32, tf32, bf16"),
         ("pretrain_schedule", "step", "choose from cosine, constant"),
         *(

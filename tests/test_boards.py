@@ -55,7 +55,7 @@ def test_benchmarks_protocols_and_devices_are_boards_of_their_own_official_ones_
     [
         ({"resnet_shortcut": "A"}, False),
         ({"resnet_shortcut": "A", "init_weights": "0"}, True),  # the weights' own
-        ({"mia_augment": True}, False),
+        ({"flip": False}, False),
         ({"unlearn_epochs": 1, "init_weights": "0"}, False),
     ],
 )
@@ -68,6 +68,29 @@ def test_published_rows_stand_beside_the_official_protocol_alone(changes, offici
     )
     assert any("Published rows" in note for note in made.results(board).notes) is official
     assert ({row["published"] for row in made.short(board).rows} == {None, "0.8115"}) is official
+
+
+def test_published_areas_may_be_held_against_those_of_augmented_members():
+    (board,) = made.boards([record(protocol={"mia_augment": True}, values={"forget_mia_auc_published": 0.44})])
+    ours = {row["quantity"]: row["ours"] for row in made.verdicts(board).rows}
+    assert board.about["protocol"] == "mia_augment true" and ours["forget_mia_auc"] == 0.44
+    assert made.readings(board) is None  # of the records that say both
+
+
+def test_a_published_row_is_held_against_single_unlearnings():
+    own = [{"unlearn_seed": j, "retain_acc": 0.88 + 0.1 * j} for j in (0, 1)]
+    records = [record(seed=seed, values=values) for seed in range(3) for values in own]
+    (board,) = made.boards(records)
+    (row,) = (row for row in made.verdicts(board).rows if row["quantity"] == "retain_acc")
+    assert (row["ours"], row["seeds"]) == (pytest.approx(0.88), 3)
+    assert next(row for row in made.short(board).rows if row["method"] == "scrub")["runs"] == 6
+
+
+def test_the_short_table_counts_the_seeds_that_failed():
+    failed = [record(seed=seed, make=diverged_record) for seed in (1, 2)]
+    (board,) = made.boards([record(), *failed])
+    row = next(row for row in made.short(board).rows if row["method"] == "scrub")
+    assert (row["seeds"], row["diverged"]) == (3, 2)
 
 
 def test_what_came_of_other_images_is_a_board_of_its_own_that_nothing_is_published_for():

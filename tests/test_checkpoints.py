@@ -17,7 +17,6 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.registry import Method, get_method
 from jaxunlearn.training import checkpoints
 from jaxunlearn.training.checkpoints import (
-    Position,
     Saved,
     discard,
     load_together,
@@ -25,6 +24,7 @@ from jaxunlearn.training.checkpoints import (
     pretrain_entry,
     save_together,
 )
+from jaxunlearn.training.history import History, Position
 
 # Orbax reads the arrays of a checkpoint at once; where one fails, the others come back to an event loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
@@ -52,15 +52,16 @@ def entry(folder, protocol=PROTOCOL, digest="d", seed=42, without=None, attempt=
 def saved(epoch, step=0, diverged=None):
     leaves = {name: np.array(leaf if leaf.dtype == bool else leaf + epoch, leaf.dtype) for name, leaf in LEAVES.items()}
     sums = {"loss": [0.1 * n for n in range(epoch)] + [None]}
-    return Saved(leaves, Position(epoch, step), 1.5 * epoch, diverged, sums, 0.5 * epoch, {}, ("a card", "cpu"))
+    history = History(1.5 * epoch, 0.5 * epoch, diverged, sums, {}, ("a card", "cpu"))
+    return Saved(leaves, Position(epoch, step), history)
 
 
-def save_saying(monkeypatch, without, **changes):
-    """From here on checkpoints say other things of themselves, and one thing not."""
+def save_saying(monkeypatch, without=(), **changes):
+    """From here on checkpoints say other things of themselves, and some not."""
     save = Checkpointer.save
 
     def altered(self, *arguments, custom_metadata, **options):
-        kept = {name: value for name, value in custom_metadata.items() if name != without}
+        kept = {name: value for name, value in custom_metadata.items() if name not in without}
         save(self, *arguments, custom_metadata=kept | changes, **options)
 
     monkeypatch.setattr(Checkpointer, "save", altered)
@@ -83,9 +84,24 @@ def test_round_trip_keeps_everything_and_removes_what_it_replaces(tmp_path):
 
 
 def test_a_checkpoint_from_before_devices_were_counted_names_the_last(tmp_path, monkeypatch):
-    save_saying(monkeypatch, without="devices")
+    save_saying(monkeypatch, without=("devices",))
     save_together([entry(tmp_path)], [saved(1)])
-    assert load_together([entry(tmp_path)], abstract)[0].devices == (jax.devices()[0].device_kind,)
+    assert load_together([entry(tmp_path)], abstract)[0].history.devices == (jax.devices()[0].device_kind,)
+
+
+def test_checkpoints_say_of_themselves_what_they_always_did(tmp_path, monkeypatch):
+    one = saved(2, 30, diverged=17)
+    save_together([entry(tmp_path)], [one])
+    about = checkpoints._orbax().metadata(entry(tmp_path).path(one.position)).custom_metadata
+    assert about["digest"] == "f2c74c47a73d92f38883c81bd8e23cbba213dcf19559c846155e26d0b01ae427"
+    assert (about["seconds"], about["prepared"], about["diverged"]) == (3.0, 1.0, 17)
+    assert (about["sums"], about["evaluated"]) == ({"loss": [0.0, 0.1, None]}, {})
+    assert about["devices"] == ["a card", "cpu"]
+    # The first ones said less.
+    save_saying(monkeypatch, without=("sums", "prepared", "evaluated", "devices"))
+    first = saved(3)._replace(history=History(seconds=4.5, devices=(jax.devices()[0].device_kind,)))
+    save_together([entry(tmp_path)], [first])
+    assert_same(load_together([entry(tmp_path)], abstract)[0], first)
 
 
 def test_nothing_saved_is_none(tmp_path):
@@ -301,7 +317,7 @@ def test_a_cache_without_locks_is_refused_in_a_line(tmp_path, monkeypatch, numbe
 )  # fmt: skip
 def test_what_a_gpu_computed_in_tf32_is_not_taken_for_fp32(tmp_path, monkeypatch, device, precision, said, used):
     one = entry(tmp_path, dataclasses.replace(PROTOCOL, precision=precision))
-    save_saying(monkeypatch, without=None if said else "arithmetic", device=device)
+    save_saying(monkeypatch, without=() if said else ("arithmetic",), device=device)
     save_together([one], [saved(3)])
     if used:
         assert_same(load_together([one], abstract)[0], saved(3))

@@ -38,6 +38,7 @@ def request_of(name, text):
         "--method scrub --against-retrain --attempts 1 --devices 2 --deterministic",
         "--method scrub --pretrain-epochs 8 --epoch-length retain --drop-last --mia-augment --train-limit 500",
         "--method scrub --validation",
+        "--method scrub --no-drop-last",
         "--method scrub --set protocol.pretrain_lr=0.05 --set protocol.flip=False --set 'protocol.std=(1.0, 0.5, 1.0)'",
     ],
 )

@@ -12,7 +12,7 @@ from tiny import CLASSES, PROTOCOL, assert_close, make_images, make_models, make
 from jaxunlearn.evaluation.predictions import Evaluator
 from jaxunlearn.models.network import make_network
 from jaxunlearn.progress import Reporter
-from jaxunlearn.randomness import seed_keys
+from jaxunlearn.randomness import abstract_key, seed_keys
 from jaxunlearn.registry import get_method
 from jaxunlearn.runs import compiling, running
 from jaxunlearn.runs.compiling import compiled_ahead
@@ -48,7 +48,7 @@ def test_the_evaluation_too(split):
     network, sets = make_network(PROTOCOL, CLASSES), (make_images(), make_split(), make_images(23, seed=1))
     with jax.set_mesh(mesh):
         evaluator = Evaluator(network, PROTOCOL, *sets, mesh, timing)
-        evaluator.compile(jax.eval_shape(network.initialise, jax.eval_shape(jax.random.key, 0)), 2)
+        evaluator.compile(jax.eval_shape(network.initialise, abstract_key()), 2)
         evaluator.predict(*make_models(PROTOCOL, (1, 2), mesh), seed_keys((1, 2)))
     assert "compile_s" not in timing
 

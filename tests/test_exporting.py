@@ -1,6 +1,7 @@
 """Runs from given weights, and the weights that runs leave."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.metrics import METRICS
 from jaxunlearn.models import torch_weights
 from jaxunlearn.models.network import make_network
+from jaxunlearn.runs import running
 from jaxunlearn.runs.preparation import prepare
 from jaxunlearn.training.pretraining import Pretraining
 
@@ -32,6 +34,20 @@ def test_given_weights_replace_pretraining(tmp_path, monkeypatch):
     assert first["timing"]["pretrain_s"] == 0 and first["curves"]["pretrain"] is None
     assert first["throughput"]["pretrain_images_per_s"] is None
     assert not (tmp_path / "cache" / "pretrained").exists()
+
+
+def test_weights_are_written_beside_a_record_that_is_kept(tmp_path):
+    (longer,) = results(request_of(tmp_path, evaluate="full"))
+    folder = tmp_path / "weights"
+    run = prepare(request_of(tmp_path, export_weights=folder, keep_predictions=True), QUIET)
+    ((_, warning),) = running.results(run)
+    record = run.request.path_of(longer)
+    assert (
+        json.loads(record.read_text()) == json.loads(json.dumps(longer))
+        and len(list(folder.rglob("*.safetensors"))) == 1
+    )
+    lost = record.with_suffix(".npz")
+    assert warning == f"{record} holds a better record, kept, and {lost} was not written; --force replaces it"
 
 
 def test_exported_weights_give_the_model_that_was_exported(tmp_path, monkeypatch):

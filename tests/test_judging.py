@@ -22,7 +22,8 @@ from jaxunlearn.results.tables import print_results
 from jaxunlearn.runs import preparation, running
 from jaxunlearn.runs.preparation import prepare
 from jaxunlearn.training import judging, resuming, saving
-from jaxunlearn.training.checkpoints import Position, Saved
+from jaxunlearn.training.checkpoints import Saved
+from jaxunlearn.training.history import History, Position
 from jaxunlearn.training.judging import judge_of
 from jaxunlearn.training.pretraining import Pretraining
 from jaxunlearn.training.unlearning import Unlearning
@@ -74,7 +75,7 @@ def dying(monkeypatch):
 
 
 def saved(accuracy, loss, epoch=2):
-    return Saved({}, Position(epoch, 0), 0.0, None, {"accuracy": accuracy, "loss": loss})
+    return Saved({}, Position(epoch, 0), History(sums={"accuracy": accuracy, "loss": loss}))
 
 
 def test_what_counts_as_learning_nothing():
@@ -125,6 +126,14 @@ def test_one_attempt_gives_the_row_as_it_is(tmp_path, dying, monkeypatch):
     monkeypatch.setattr(Unlearning, "epoch", lambda *_: pytest.fail("unlearned"))
     (again,) = results(request_of(tmp_path, seeds=(1,), attempts=1, protocol=LONGER))
     assert again["status"] == "untrained" and again["before"] == first["before"]
+
+
+@pytest.mark.slow
+def test_a_retrained_model_is_itself_whatever_became_of_the_original(tmp_path, dying):
+    dying(("pretrain", 1, 0))
+    (found,) = results(request_of(tmp_path, method="retrain", seeds=(1,), attempts=1, protocol=LONGER))
+    assert (found["status"], found["untrained_in"], found["diverged_at"]) == ("ok", None, None)
+    assert found["before"]["retain_acc"] == pytest.approx(1 / 9, abs=0.03) and found["retain_acc"] > 0.2
 
 
 @pytest.mark.slow
@@ -198,20 +207,20 @@ def test_seeds_that_fell_behind_first_come_as_far_as_those_that_wait():
 
 
 def test_what_takes_no_epoch_begins_and_is_done():
-    done = Saved({}, Position(0, 0), 0.0, None, {})
+    done = Saved({}, Position(0, 0), History())
     assert resuming._next([None, done, None], [0, 0, 0], None, NONE) == (0, [[0, 2]])
     assert resuming._next([done, done], [0, 0], None, NONE) == (0, [])
 
 
 def test_what_passes_over_images_first_begins_below_the_first_epoch():
-    within = Saved({}, Position(-1, 3), 0.0, None, {})
+    within = Saved({}, Position(-1, 3), History())
     assert resuming._next([None, within, within], [0, 0, 0], None, SIX._replace(passes=2)) == (6, [[0], [1, 2]])
 
 
 def test_curves_are_the_means_of_whole_epochs():
     one = saved([100, None, 50], [500, None, 125])._replace(position=Position(2, 7))
     assert resuming._curves(one, 250) == {"accuracy": [0.4, None], "loss": [2.0, None]}
-    assert resuming._curves(one._replace(sums={}), 250) == {}
+    assert resuming._curves(one._replace(history=History()), 250) == {}
 
 
 def test_attempts_are_at_least_one(tmp_path):

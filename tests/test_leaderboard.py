@@ -98,15 +98,19 @@ def test_what_is_wrong_is_one_line(leaderboard, tmp_path):
     put(tmp_path / "digits" / "seed0.json", example_record(bench="resnet20-digits-class0"))
     (tmp_path / "x.md").write_text("<!-- leaderboard: --table 'short -->\n<!-- end -->\n")
     (tmp_path / "y.md").write_text("<!-- leaderboard: --update x.md -->\n<!-- end -->\n")
+    (tmp_path / "h.md").write_text("<!-- leaderboard: --help -->\n<!-- end -->\n")
     (tmp_path / "z.md").write_bytes(b"\xff")
     cases = {
         (): "runs: no such file or folder",
         ("empty",): "there are no records in empty: name folders of them, or run a benchmark first",
         ("digits", "--table", "published"): "nothing is published that these records can be compared with",
         ("digits", "--table", "rules"): "--table rules takes no records",
-        ("digits", "--update", "x.md"): "--update takes no records",
+        ("digits", "--update", "x.md"): "--update takes no records, --table or --format",
+        ("--update", "x.md", "--table", "short"): "--update takes no records, --table or --format",
+        ("--update", "x.md", "--format", "csv"): "--update takes no records, --table or --format",
         ("--update", "x.md"): "x.md, line 1: '--table 'short': No closing quotation",
         ("--update", "y.md"): "y.md, line 1: --update cannot stand in a file that is updated",
+        ("--update", "h.md"): "h.md, line 1: ",
         ("--update", "z.md"): "cannot read z.md: not a text",
         ("--update", "nowhere.md"): "cannot read nowhere.md: No such file or directory",
     }

@@ -11,7 +11,8 @@ from jaxunlearn.errors import UserError
 from jaxunlearn.results.records import better
 from jaxunlearn.runs import running
 from jaxunlearn.runs.scoring import ON_THE_WAY
-from jaxunlearn.training.checkpoints import Position, Saved
+from jaxunlearn.training.checkpoints import Saved
+from jaxunlearn.training.history import History, Position
 from jaxunlearn.training.loop import Compiled, Timing
 from jaxunlearn.training.saving import Saving
 
@@ -31,9 +32,9 @@ def states(monkeypatch):
     found, train = [], running.train
 
     def kept(*args, **options):
-        trained = train(*args, **options)
-        found.append([np.asarray(x).tobytes() for x in jax.tree.leaves(trained.state)])
-        return trained
+        state, outcomes = train(*args, **options)
+        found.append([np.asarray(x).tobytes() for x in jax.tree.leaves(state)])
+        return state, outcomes
 
     monkeypatch.setattr(running, "train", kept)
     return found
@@ -83,10 +84,11 @@ def test_it_is_kept_over_a_stop_and_the_key_is_the_same(tmp_path, monkeypatch):
 
 
 def test_nothing_is_said_of_a_model_that_has_diverged():
-    keeper = Saving([None, None], [Saved({}, Position(1, 0), 0.0, at, {}) for at in (None, 2)], 0, 5, Timing(), 1000.0)
+    before = [Saved({}, Position(1, 0), History(diverged=at)) for at in (None, 2)]
+    keeper = Saving([None, None], before, 0, 5, Timing(), 1000.0)
     keeper.note_worth(2, [{"retain_acc": 0.5}, {"retain_acc": 0.25}])
     keeper.note_worth(4, [{"retain_acc": 0.75}, {"retain_acc": None}])
-    assert keeper._evaluated == [
+    assert [own.evaluated for own in keeper.histories] == [
         {"epoch": [2, 4], "retain_acc": [0.5, 0.75]},
         {"epoch": [2, 4], "retain_acc": [None] * 2},
     ]

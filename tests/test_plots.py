@@ -238,6 +238,8 @@ def test_runs_that_failed_are_no_part_of_a_mean():
     failed = ten_classes(seed=1, status="untrained", untrained_in="pretrain")
     failed["curves"]["pretrain"]["loss"] = [100.0, 100.0]
     assert lines(named(run_plots([failed, ten_classes()]))["pretraining"])["loss"][1].tolist() == [1.5, 0.7]
+    reference = ten_classes(method="retrain", status="untrained", untrained_in="unlearn")
+    assert not [name for name in lines(named(run_plots([ten_classes()], [reference]))["roc"]) if "retrain" in name]
 
 
 def test_a_record_that_contradicts_itself_leaves_its_plot_out():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,10 @@ def test_records_of_platforms_and_precisions_have_folders_of_their_own(monkeypat
             request = Request(BENCH, protocol, [method], [42], Path("runs"), Path("cache"))
             paths[platform, precision] = request.record_path(method, 42)
     assert paths["cpu", "fp32"] == Path("runs") / BENCH / "scrub" / "seed42.json"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for kind in ("NVIDIA H100", "NVIDIA H200"):
+        monkeypatch.setattr(jax, "devices", lambda kind=kind: [SimpleNamespace(device_kind=kind)])
+        paths[kind] = request.record_path(method, 42)
     assert len(set(paths.values())) == len(paths)
 
 

@@ -28,7 +28,7 @@ from jaxunlearn.devices.sharding import place_seeds
 from jaxunlearn.models.network import make_network
 from jaxunlearn.randomness import Stream, stream_key
 from jaxunlearn.training import loop
-from jaxunlearn.training.checkpoints import Position
+from jaxunlearn.training.history import Position
 from jaxunlearn.training.pretraining import make_optimizer
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]

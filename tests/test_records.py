@@ -126,6 +126,33 @@ def test_a_record_from_before_there_was_validation_is_of_the_same_settings(path)
         check(path, old | {"protocol": other})
 
 
+def test_a_hyperparameter_that_a_rule_was_given_later_is_at_its_default(path):
+    old = make()
+    assert old["method"] == "scrub" and "gamma" not in old["hyperparameters"]
+    put(path, old)
+    check(path, old | {"hyperparameters": {"temperature": 4.0, "gamma": 0.99}})
+    with pytest.raises(UserError, match=r"\(gamma: 0.99 there, 0.5 here\)"):
+        check(path, old | {"hyperparameters": {"temperature": 4.0, "gamma": 0.5}})
+
+
+def test_other_images_that_are_not_the_official_ones_are_refused_early(path):
+    put(path, make(dataset={"digest": "a" * 16, "verified": False}))
+    for digest, verified, force in (("a" * 16, False, False), ("b" * 16, True, False), ("b" * 16, False, True)):
+        records.check_images(path, digest, verified, force)
+    with pytest.raises(UserError, match="holds a result of other images: pass --force to replace it, or another --out"):
+        records.check_images(path, "b" * 16, verified=False, force=False)
+    put(path, {**make(), "dataset": None})  # of before there was a digest
+    records.check_images(path, "b" * 16, verified=False, force=False)
+    records.check_images(path.with_name("none.json"), "b" * 16, verified=False, force=False)
+
+
+def test_an_edited_rule_of_a_users_replaces_what_it_was_before(path):
+    put(path, make() | {"method": "mine", "rule_digest": "a" * 64})
+    shorter = without("full") | {"method": "mine", "rule_digest": "a" * 64}
+    assert not records.write(path, shorter, force=False)
+    assert records.write(path, shorter | {"rule_digest": "b" * 64}, force=False)
+
+
 def test_check_overwrite_names_what_differs(path):
     records.write(path, make("diverged"), force=False)
     check(path, make())  # tuples become lists on disk: still the same protocol

@@ -146,6 +146,18 @@ def test_what_is_no_record_of_speed(tmp_path, record):
     assert found.speeds == [] and len(found.refused) == 1 and "cannot read the record of speed" in found.refused[0]
 
 
+def test_folders_above_and_rules_names_make_no_speed_of_a_run(tmp_path):
+    record = example_record()
+    put(tmp_path / "speed" / "runs" / "resnet20" / "scrub" / "seed0.json", record)
+    put(tmp_path / "runs" / "resnet20" / "speed" / "seed0.json", record | {"method": "speed"})
+    measured = json.loads((ROOT / "results/speed/resnet20-cifar10-class0.json").read_text())
+    put(tmp_path / "measured" / "speed" / "resnet20.json", measured)
+    for place, counts in {"speed/runs": (1, 0), "runs": (1, 0), "measured": (0, 1), "measured/speed": (0, 1)}.items():
+        found = gathering.gather([tmp_path / place])
+        assert (len(found.records), len(found.speeds)) == counts, place
+        assert not [line for line in found.refused if "of speed" in line], place
+
+
 def test_records_of_speed_are_told_apart_and_strangers_ones_are_drawn(tmp_path):
     odd = SPEED | {"precision": "\ud800", "quantities": {"\ud800": BESIDE | {"ratio": 9.0}}, "against": "torch"}
     changes = ({}, {"environment": {"device_kind": "a card"}}, {"seeds": 4})
@@ -220,6 +232,13 @@ def test_ids_are_told_apart():
 
 def digits():
     return thumbnails.datasets(["digits", "cifar10", "no such set"], None, Path("nowhere"))[0]
+
+
+def test_where_a_folder_of_images_has_none_it_is_said(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAXUNLEARN_DATA", raising=False)
+    found, said = thumbnails.datasets(["digits", "cifar10"], tmp_path / "typo", tmp_path)
+    assert [*found] == ["digits"] and said == [f"no pictures of cifar10: {tmp_path / 'typo'} does not exist"]
+    assert thumbnails.datasets(["cifar10"], None, tmp_path) == ({}, [])
 
 
 def test_pictures_are_of_the_class_that_is_answered_or_of_the_forgotten_images(tmp_path, monkeypatch):

@@ -105,6 +105,11 @@ def test_a_link_opens_a_methods_details(page, address):
     page.evaluate("address => { location.href = address }", link)
     page.wait_for_selector(f"{link}[open]")
     assert page.locator(link).is_visible() and page.locator(f"{link} figure svg").count() > 0
+    page.locator(f"{link} > summary").click()
+    assert page.locator(f"{link}[open]").count() == 0
+    page.get_by_label("Filter rows").fill("")
+    page.locator(f'table.sortable a[href="{link}"]').first.click()  # again, to where the address is already
+    page.wait_for_selector(f"{link}[open]")
     page.goto(f"{address}{link}")
     page.reload()
     assert page.locator(f"{link}[open]").count() == 1

@@ -15,6 +15,7 @@ from jaxunlearn.methods.rule import cross_entropy
 from jaxunlearn.models.network import make_network
 from jaxunlearn.ops import blocks, convolution
 from jaxunlearn.ops.convolution import conv2d
+from jaxunlearn.randomness import abstract_key
 
 pytestmark = [pytest.mark.usefixtures("tiny_models"), pytest.mark.slow]
 
@@ -62,7 +63,7 @@ def of_training(name, seeds):
 
         return jax.grad(loss)(params)
 
-    key = jax.eval_shape(jax.random.key, 0)
+    key = abstract_key()
     images, labels = jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.float32), jax.ShapeDtypeStruct((128,), jnp.int32)
     arguments = (*jax.eval_shape(network.initialise, key), key, images, labels)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct((seeds, *x.shape), x.dtype), arguments)

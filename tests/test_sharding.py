@@ -70,6 +70,13 @@ def test_random_numbers_depend_on_seed_stream_and_path():
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == len(keys)
 
 
+def test_a_seed_means_the_same_numbers_whichever_generator_jax_is_set_to():
+    seeds = [0, 2**32 - 1]
+    expected = jax.random.key_data(seed_keys(seeds))
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(jax.random.key_data(seed_keys(seeds)), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
 def test_pmap_over_groups_of_seeds_is_the_mesh(tiny_models):
     """`jax.pmap` of the seed-vmapped step, each device with its group of seeds: the older form of the same program."""

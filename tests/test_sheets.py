@@ -84,3 +84,9 @@ def test_numbers_stay_numbers():
 def test_no_text_is_longer_than_a_reader_can_bear():
     sheets = [Sheet({"bench": "x"}, [{"method": "y" * 10**6}])]
     assert len(to_markdown(sheets)) < LONGEST + 100 and len(to_csv(sheets)) < LONGEST + 100
+
+
+def test_a_command_is_whole():
+    command = f"jaxunlearn bench --seeds {','.join(map(str, range(0, 2000, 2)))}"
+    sheets = [Sheet({"bench": "x"}, [{"method": "y", "commands": (command,)}], below="commands")]
+    assert f"$ {command}\n" in to_markdown(sheets) and command in to_csv(sheets)

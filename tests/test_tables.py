@@ -102,6 +102,22 @@ def test_pretrained_counts_each_seed_once():
     assert [row.method for row in summarize([make("retrain") | {"before": None}], {})] == ["retrain"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_pretrained_is_of_the_record_that_says_most_of_a_seed(order):
+    whole, older = make("scrub"), make("bad_teacher")
+    whole["before"]["companions"] = {"against_retrain": {"average_gap": 0.2}}
+    older["before"]["forget_mia_auc_augmented"] = None
+    pretrained = summarize([whole, older][::order], DEFAULTS)[0]
+    assert pretrained.mean["average_gap"] == 0.2 and pretrained.mean["forget_mia_auc_augmented"] == pytest.approx(0.69)
+
+
+def test_what_retrained_models_differ_from_each_other_by_has_no_interval():
+    rows = summarize([make(method, seed, gap=0.1 * seed) for method in ("retrain", "scrub") for seed in range(3)], {})
+    found = {row.method: row.half_width for row in rows}
+    assert "average_gap" in found["scrub"] and "average_gap" not in found["retrain"]
+    assert "retain_acc" in found["retrain"]
+
+
 def test_seconds_on_another_device_than_the_records_are_left_out():
     def trained(kind, seed):
         return make("retrain", seed) | {"environment": {"device_kind": "cpu", "trained_on": {"unlearn": kind}}}
@@ -153,6 +169,10 @@ def test_scores_above_retrain_are_told_from_the_rows_where_records_do_not_say():
     assert above["inverted"] == "above retrain"
     assert "above retrain: a higher unlearn_score than retraining has, which is not better forgetting" in text
     assert "above retrain" not in render(records[1:])
+    lost = flags(render([records[0], make("inverted", 0, (0.9, 0.0, 0.3)), make("inverted", 1, None)]))
+    assert lost["inverted"].endswith("above retrain 1/2")
+    luckier = [*(make("retrain", s, (x, 0.0, 0.5)) for s, x in ((0, 0.7), (1, 0.9))), make("one", 1, (0.85, 0.0, 0.5))]
+    assert "above retrain" not in render(luckier)  # of its own seed
     assert "above retrain" not in render([make("retrain", values=None), *records[1:]])
     assert "above retrain" not in render([records[0] | {"status": "untrained"}, *records[1:]])
 
@@ -231,6 +251,15 @@ def test_unlearnings_of_one_seed_are_averaged_before_seeds_are_compared():
     assert "With one seed nothing is ranked." in alone and "±" not in alone
 
 
+def test_seeds_of_given_weights_are_one_original():
+    given = {"protocol": {"precision": "fp32", "init_weights": "9004c790"}}
+    records = [make("scrub", s, (0.8 + 0.01 * j, 0.0, 0.5), unlearn_seed=j) | given for s in (0, 1) for j in (0, 1)]
+    text = render(records)
+    assert "Weights were given, so all seeds unlearn from one original" in text and "s_unlearn" in text
+    assert "s_train" not in text
+    assert "Weights were given" not in render([make("scrub", s) for s in (0, 1)])
+
+
 def test_the_packages_own_rules_fit_one_line_of_a_file_each():
     records = []
     for seed in range(3):
@@ -239,7 +268,9 @@ def test_the_packages_own_rules_fit_one_line_of_a_file_each():
         records.append(make("bad_teacher", seed, gap=0.1, hyperparameters={"reset_bn": True}))
     text = render(records)
     said = "collapsed 2/3, inverted, above retrain, like a mask"
-    assert len([row for row in text.splitlines() if row.rstrip().endswith(f" 0.1000±0.0000     3    11.5 {said}")]) == 3
+    assert len([row for row in text.splitlines() if row.rstrip().endswith(f" 0.1000±0.0000     3    11.5 {said}")]) == 2
+    # Retrained models' distance from each other has no interval.
+    assert line(text, "retrain").rstrip().endswith(f"±0.0000        0.1000     3    11.5 {said}")
     assert line(text, "bad_teacher reset_bn=True").split()[-3:] == ["0.1000±0.0000", "3", "11.5"]
     assert max(map(len, text.splitlines())) <= tables.FILE_WIDTH
 

@@ -85,7 +85,10 @@ def add_protocol(parser: Parser, switches: Mapping[str, str]) -> "argparse._Argu
         if name in RARE:
             parser.rarely(added)
     for name, text in switches.items():
-        added = protocol.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
+        flag = name.replace("_", "-")
+        added = protocol.add_argument(f"--{flag}", action="store_true", default=None, help=text)
+        # For a benchmark that has it on.
+        protocol.add_argument(f"--no-{flag}", dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
         if name in RARE:
             parser.rarely(added)
     return protocol

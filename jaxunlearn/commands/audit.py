@@ -21,7 +21,8 @@ from jaxunlearn.commands.arguments import (
     read_protocol,
 )
 from jaxunlearn.commands.parser import Parser
-from jaxunlearn.errors import UserError, WriteError, one_line
+from jaxunlearn.errors import UserError
+from jaxunlearn.files import AGAIN, writing
 
 __all__ = ["INTERRUPTED", "add_arguments", "run"]
 MOST = 4096  # models
@@ -81,18 +82,16 @@ def run(args: argparse.Namespace) -> int:
         for warning in collect(request, args.together, Reporter(args.quiet)):
             print(f"warning: {warning}", file=sys.stderr)
     found = []
-    try:
-        for method, record in audits(request):
-            found.append(record)
-            write_audit(audit_path(request, method), record)
-            if args.json:
-                print(json.dumps(record), flush=True)
-        if not args.json:
-            print_audit(found)
-        if args.plot:
+    for method, record in audits(request):
+        found.append(record)
+        path = audit_path(request, method)
+        with writing(path, AGAIN):
+            write_audit(path, record)
+        if args.json:
+            print(json.dumps(record), flush=True)
+    if not args.json:
+        print_audit(found)
+    if args.plot:
+        with writing(args.plot, AGAIN):
             plot_curves(found, args.plot)
-    except OSError as error:
-        raise WriteError(
-            f"cannot write the audit ({one_line(error)}): put that right and run the same command"
-        ) from None
     return 0

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from jaxunlearn.commands.parser import Parser
-from jaxunlearn.errors import UserError, WriteError
-from jaxunlearn.files import write_atomically
+from jaxunlearn.errors import UserError
+from jaxunlearn.files import write_atomically, writing
 
 INTERRUPTED = "interrupted"
 TABLES = ("results", "short", "published", "readings", "rules")
@@ -26,12 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--table",
         choices=TABLES,
-        default=TABLES[0],
         help="results: all that is known; short: the scores; published: do the published values agree with ours? "
         "readings: what did the published attack see? rules: what those that ship read, change and set "
-        "(default: %(default)s)",
+        f"(default: {TABLES[0]})",
     )
-    add("--format", choices=("markdown", "csv", "json"), default="markdown", help="(default: %(default)s)")
+    add("--format", choices=("markdown", "csv", "json"), help="(default: markdown)")
     add(
         "--update",
         nargs="+",
@@ -47,15 +46,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.update:
         _print(_table(args))
         return 0
-    if args.results:
-        raise UserError("--update takes no records: the files say of which their tables are")
+    if args.results or args.table or args.format:
+        raise UserError("--update takes no records, --table or --format: the files say what their tables are")
     texts = {path: _read(path) for path in args.update}
     for path, text in {path: updated(text, str(path)) for path, text in texts.items()}.items():
         if text != texts[path]:
-            try:
+            with writing(path):
                 write_atomically(path.resolve(), text.encode())  # of a link, what it leads to
-            except OSError as error:
-                raise WriteError(f"cannot write {path}: {error.strerror}") from None
             _print(f"updated {path}\n")
     return 0
 
@@ -68,7 +65,7 @@ def updated(text: str, name: str) -> str:
 
 
 def _of_words(words: str) -> str:
-    parser = Parser()
+    parser = Parser(add_help=False)  # it would end the command
     add_arguments(parser)
     try:
         args = parser.parse_args(shlex.split(words))
@@ -85,10 +82,11 @@ def _table(args: argparse.Namespace) -> str:
     from jaxunlearn.results.gathering import gather
     from jaxunlearn.results.sheets import FORMATS
 
-    if args.table == "rules":
+    table, written = args.table or TABLES[0], FORMATS[args.format or "markdown"]
+    if table == "rules":
         if args.results:
             raise UserError("--table rules takes no records: it is of the rules that ship")
-        return FORMATS[args.format]([boards.rules()])
+        return written([boards.rules()])
     records, refused = gather(args.results or [Path("runs")])
     for line in refused:
         print(f"warning: {line}", file=sys.stderr)
@@ -96,10 +94,10 @@ def _table(args: argparse.Namespace) -> str:
         places = ", ".join(map(str, args.results)) or "runs"
         raise UserError(f"there are no records in {places}: name folders of them, or run a benchmark first")
     make = {"results": boards.results, "short": boards.short, "published": boards.verdicts, "readings": boards.readings}
-    sheets = [sheet for board in boards.boards(records) if (sheet := make[args.table](board))]
+    sheets = [sheet for board in boards.boards(records) if (sheet := make[table](board))]
     if not sheets:
         raise UserError("nothing is published that these records can be compared with")
-    return FORMATS[args.format](sheets)
+    return written(sheets)
 
 
 def _read(path: Path) -> str:

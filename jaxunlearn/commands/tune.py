@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
         keep_stdout_for_results()
     request_devices(args.devices, args.deterministic)
     with watched(), within_memory():
-        request = Request(**parts, protocol=settled(protocol, chosen), methods=methods, together=args.together)
+        request = Request(
+            **parts, protocol=settled(protocol, chosen), methods=methods, together=args.together, force=args.force
+        )
         studies = [
             study_of(request, one, args.trials, settings.get(one.name, {}).keys(), asked.get(one.name, {}))
             for one in methods

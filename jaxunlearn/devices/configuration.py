@@ -68,16 +68,8 @@ def restored(*names: str) -> Iterator[None]:
 
 
 @contextmanager
-def programs_kept(cache_dir: Path) -> Iterator[None]:
-    """Keeps what is compiled inside in `cache_dir`/xla, unless JAX has been given a compilation cache already."""
-    if jax.config.values["jax_compilation_cache_dir"]:
-        yield
-        return
-    settings: dict[str, str | float] = {"jax_compilation_cache_dir": str(cache_dir.absolute() / "xla")}
-    settings["jax_persistent_cache_min_compile_time_secs"] = 0.1
-    if jax.default_backend() == "cpu":
-        # Its path is part of every key before jax 0.11, and what a folder held was lost when it was moved or copied.
-        settings["jax_persistent_cache_enable_xla_caches"] = ""
+def cache_configured(**settings: str | float | None) -> Iterator[None]:
+    """Gives JAX's compilation cache other settings for what is compiled inside."""
     try:
         with restored(*settings):
             for name, value in settings.items():
@@ -86,6 +78,18 @@ def programs_kept(cache_dir: Path) -> Iterator[None]:
             yield
     finally:
         compilation_cache.reset_cache()
+
+
+def programs_kept(cache_dir: Path) -> AbstractContextManager[None]:
+    """Keeps what is compiled inside in `cache_dir`/xla, unless JAX has been given a compilation cache already."""
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return nullcontext()
+    settings: dict[str, str | float | None] = {"jax_compilation_cache_dir": str(cache_dir.absolute() / "xla")}
+    settings["jax_persistent_cache_min_compile_time_secs"] = 0.1
+    if jax.default_backend() == "cpu":
+        # Its path is part of every key before jax 0.11, and what a folder held was lost when it was moved or copied.
+        settings["jax_persistent_cache_enable_xla_caches"] = ""
+    return cache_configured(**settings)
 
 
 @contextmanager

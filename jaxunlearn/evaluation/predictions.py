@@ -14,7 +14,7 @@ from jaxunlearn.devices.sharding import fetch, place_seeds, place_shared, seed_s
 from jaxunlearn.evaluation.distances import log_probabilities
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
-from jaxunlearn.randomness import Stream, stream_key
+from jaxunlearn.randomness import Stream, abstract_key, stream_key
 from jaxunlearn.training.loop import Chunk, EpochLoop, Timing
 from jaxunlearn.training.unlearning import Split
 
@@ -90,7 +90,7 @@ class Evaluator:
 
     def compile(self, variables: Any, num_seeds: int) -> None:
         """Compiles what `predict` runs on so many seeds' models, of which one has (params, batch_stats) like these."""
-        key = jax.eval_shape(jax.random.key, 0)
+        key = abstract_key()
         self._loop.compile((), seed_shapes((*variables, key), num_seeds, self._mesh), self._images, self._plan)
 
     def predict(

@@ -20,7 +20,7 @@ from jaxunlearn.data.batches import Images, epoch_order, normalise
 from jaxunlearn.devices.sharding import over_seeds, place_seeds, place_shared, seed_shapes, shard_batch
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
-from jaxunlearn.randomness import Stream, step_keys, stream_key
+from jaxunlearn.randomness import Stream, abstract_key, step_keys, stream_key
 from jaxunlearn.training.loop import Chunk, Compiled, EpochLoop, Timing
 from jaxunlearn.training.pretraining import TrainState, make_optimizer, train_step
 
@@ -56,7 +56,7 @@ class Relearning:
 
     def compile(self, num_seeds: int) -> None:
         """Compiles what `curves` runs on so many seeds' models."""
-        key = jax.eval_shape(jax.random.key, 0)
+        key = abstract_key()
         own = seed_shapes((*jax.eval_shape(self._network.initialise, key), key), num_seeds, self._mesh)
         carry, seeded = self._begin.compile(own, self._forget)
         self._loop.compile(carry, seeded, self._shared, self._plan)

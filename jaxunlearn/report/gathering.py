@@ -53,7 +53,12 @@ def gather(places: Iterable[Path]) -> Found:
 
 
 def _below(place: Path, folder: str, pattern: str, refused: list[str]) -> Iterator[Path]:
-    return (path for path in gathering.files(place, pattern, refused) if folder in path.parts[:-1])
+    """Files of a pattern in folders of this name, which `place` may be itself: what is above it says nothing."""
+    own = place.resolve().name
+    for path in gathering.files(place, pattern, refused):
+        folders = own, *path.relative_to(place).parts[:-1]
+        if folder in folders and not path.name.startswith("seed"):  # those are runs, of a rule of that name
+            yield path
 
 
 def _kind(path: Path, runs: list[Path], audits: dict[Path, None], speeds: dict[Path, None]) -> None:

@@ -64,6 +64,10 @@
   };
   addEventListener("hashchange", open);
   addEventListener("load", open); // before that nothing is a target
+  addEventListener("click", (event) => { // of the link to where we are, which changes no hash
+    const link = event.target.closest('a[href^="#"]');
+    if (link && link.hash === location.hash) open();
+  });
 
   // On paper everything is open.
   let closed = [];

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jaxunlearn.audit.separation import CURVE
 from jaxunlearn.audit.showing import rows
 from jaxunlearn.errors import UserError
+from jaxunlearn.files import check_writable
 from jaxunlearn.report.drawing import (
     HEIGHT,
     INK,
@@ -51,6 +52,9 @@ def check_plot(path: Path) -> None:
     """Raises UserError where no plot could be made at `path`: before hours of training."""
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"--plot {path}: its name must end in .png or .svg")
+    if path.is_dir():
+        raise UserError(f"--plot {path}: it is a folder, name a file in it")
+    check_writable(path.parent)
     require_matplotlib("--plot")
 
 

@@ -56,6 +56,7 @@ def run_plots(records: Records, retrain: Records = ()) -> list[Plot]:
     """
     if not records:
         return []
+    retrain = [record for record in retrain if record["status"] == "ok"]  # else it is no reference
     records = [record for record in records if record["status"] == "ok"] or records
     groups = {"after": records, "before": [r["before"] for r in records if r["before"]], "retrain": retrain}
     runs = {name: [run for run in group if run["companions"]] for name, group in groups.items()}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxunlearn.data.datasets import Dataset, find, held_out, limited
+from jaxunlearn.data.finding import contents
 from jaxunlearn.data.readers import ImageSet
 from jaxunlearn.data.sources import DATASETS
 from jaxunlearn.errors import UserError
@@ -28,7 +29,10 @@ class Answer(NamedTuple):
 
 
 def datasets(names: Iterable[str], data_dir: Path | None, cache_dir: Path) -> tuple[dict[str, Dataset], list[str]]:
-    """The data sets that are at hand, by name, and a line for each that could not be read. Downloads nothing."""
+    """The data sets that are at hand, by name, and a line for each that cannot be read, or that a `data_dir` lacks.
+
+    Downloads nothing.
+    """
     found: dict[str, Dataset] = {}
     refused: list[str] = []
     for name in dict.fromkeys(names):
@@ -40,7 +44,10 @@ def datasets(names: Iterable[str], data_dir: Path | None, cache_dir: Path) -> tu
         except UserError as error:
             refused.append(f"no pictures of {name}: {error}")
         else:
-            found |= {name: dataset} if dataset else {}
+            if dataset:
+                found[name] = dataset
+            elif data_dir is not None:
+                refused.append(f"no pictures of {name}: {contents(data_dir)}")
     return found, refused
 
 

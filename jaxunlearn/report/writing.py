@@ -1,13 +1,12 @@
 """Reports and their plots as files: nothing that is not a report is overwritten."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxunlearn.errors import UserError, WriteError
-from jaxunlearn.files import check_writable, write_atomically
+from jaxunlearn.errors import UserError
+from jaxunlearn.files import check_writable, write_atomically, writing
 from jaxunlearn.report import drawing, pages, thumbnails
 from jaxunlearn.report.drawing import Plot
 from jaxunlearn.report.gathering import Found, gather
@@ -73,11 +72,11 @@ def write_found(
 
     def save(made: Sequence[Plot], prefix: str) -> None:
         if plots:
-            with _written(plots):
+            with writing(plots):
                 drawing.save(made, plots, prefix)
 
     page = pages.make_page(found, pictures, save)
-    with _written(path):
+    with writing(path):
         write_atomically(path.resolve(), page.encode())  # of a link, what it leads to
     return [*found.refused, *unread]
 
@@ -86,12 +85,3 @@ def write_run(request: Request, records: Iterable[dict[str, Any]], path: Path) -
     """`write_found` of the records that a run has just made."""
     found = Found.of_runs((request.path_of(record), record) for record in records)
     return write_found(found, path, request.data_dir, request.cache_dir)
-
-
-@contextmanager
-def _written(place: Path) -> Iterator[None]:
-    """Raises WriteError, in one line, where what is written inside cannot be."""
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(f"cannot write {place}: {os.strerror(error.errno or 0)}") from None

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -12,16 +12,13 @@ from jaxunlearn.evaluation.flags import COLLAPSE
 from jaxunlearn.evaluation.metrics import auc_standard_error
 from jaxunlearn.registry import get_method, names, sentence, ships
 from jaxunlearn.results import published
-from jaxunlearn.results.records import other_images
-from jaxunlearn.results.rows import SHOWN, Row, grouped, summarize
+from jaxunlearn.results.records import other_images, usual
+from jaxunlearn.results.rows import ONE_ORIGINAL, SHOWN, Row, grouped, summarize
 from jaxunlearn.results.sheets import Cell, Estimate, Sheet
 
 OWN = "the benchmark's own protocol"
 COMPUTED = ("device", "precision")  # in what and on what: no part of what is computed
 INTERVAL = "± is half the 95% interval of the mean over seeds."
-ONE_ORIGINAL = (
-    "Weights were given, so all seeds unlearn from one original: what is said of their spread is of unlearning alone."
-)
 
 
 class Board(NamedTuple):
@@ -39,8 +36,9 @@ class Board(NamedTuple):
     @property
     def official(self) -> bool:
         """Whether published rows may stand beside it: the benchmark's own protocol, or unlearning of given weights."""
-        own = (*COMPUTED, "init_weights", "resnet_shortcut") if self.given else COMPUTED  # a shortcut is the weights'
-        return set(self.differs) <= set(own)
+        own = {*COMPUTED, "mia_augment"}  # what the published attack saw is not known
+        own |= {"init_weights", "resnet_shortcut"} if self.given else set()  # a shortcut is the weights'
+        return set(self.differs) <= own
 
     @property
     def about(self) -> dict[str, str]:
@@ -94,8 +92,8 @@ def results(board: Board) -> Sheet:
 def short(board: Board) -> Sheet:
     """The scores of each method, and the published score of the same rule."""
     rows = rows_of(board)
-    kept = ("method", "variant", *SHOWN, "seeds")
-    cells = [{name: cell for name, cell in _cells(row).items() if name in ("rank", *kept)} for row in rows]
+    kept = ("rank", "method", "variant", *SHOWN, "seeds", "runs", "diverged", "untrained")
+    cells = [{name: cell for name, cell in _cells(row).items() if name in kept} for row in rows]
     for row, shown in zip(rows, cells, strict=True):
         other = _row_to_meet(board, row)
         shown["published"] = f"{other.values['unlearn_score']:.{other.digits}f}" if other and not other.broken else None
@@ -105,9 +103,7 @@ def short(board: Board) -> Sheet:
 def verdicts(board: Board) -> Sheet | None:
     """Our seeds beside the published value of each quantity; None where nothing is published beside these records."""
     cells: list[dict[str, Cell]] = []
-    for row in rows_of(board):
-        if (other := _row_to_meet(board, row)) is None or not row.learned:
-            continue
+    for row, other in _meetings(board):
         for name, own in published.QUANTITIES.items():
             found = published.agreement(list(row.values[own].values()), other.values[name], other.digits)
             verdict = f"needs {published.FEWEST} seeds" if found.agrees is None else ("no", "yes")[found.agrees]
@@ -130,14 +126,12 @@ def verdicts(board: Board) -> Sheet | None:
 
 def readings(board: Board) -> Sheet | None:
     """How likely the published areas are if the attack saw clean, and if it saw augmented images of the members."""
-    if not board.official or board.bench not in published.load()["images"]:
+    if not board.official or "mia_augment" in board.differs or board.bench not in published.load()["images"]:
         return None
     floor = auc_standard_error(*published.load()["images"][board.bench])
     cells: list[dict[str, Cell]] = []
     densities: list[dict[str, float]] = []  # of the rules that tell
-    for row in rows_of(board):
-        if (other := _row_to_meet(board, row)) is None or not row.learned:
-            continue
+    for row, other in _meetings(board):
         area = other.values["forget_mia_auc"]
         ours = {reading: row.values[own] for reading, own in published.READINGS.items()}
         both = set.intersection(*map(set, ours.values()))  # else they would differ by what seeds they are of, too
@@ -180,6 +174,14 @@ def rows_of(board: Board) -> list[Row]:
     return summarize(*_named(board))
 
 
+def _meetings(board: Board) -> Iterator[tuple[Row, published.Published]]:
+    """The rows that have a published one to meet, with it; of one unlearning of each seed, as that is one run."""
+    single = board._replace(records=[record for record in board.records if not record["unlearn_seed"]])
+    for row in rows_of(single):
+        if row.learned and (other := _row_to_meet(board, row)):
+            yield row, other
+
+
 def _named(board: Board) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """The records, under such names, and defaults by method."""
     records = [_marked(record) for record in board.records]
@@ -197,7 +199,7 @@ def _named(board: Board) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]
 def defaults_of(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Hyperparameters of those rules of the records that ship, when nothing is set, as a file has them."""
     known = {record["method"] for record in records} & set(names())
-    return {name: json.loads(json.dumps(get_method(name).defaults)) for name in known}
+    return {name: usual(name) for name in known}
 
 
 def _marked(record: dict[str, Any]) -> dict[str, Any]:

@@ -82,5 +82,6 @@ def _run_of(record: dict[str, Any]) -> str:
     # A rule that ships is one rule in all its versions; others may share a name.
     digest = None if ships(record["method"]) else record["rule_digest"]
     images = records.other_images(record)
-    parts = [*(record[key] for key in RUN), record["environment"]["device_kind"], images, digest]
+    own = record | {"hyperparameters": records.completed(record["method"], record["hyperparameters"])}
+    parts = [*(own[key] for key in RUN), record["environment"]["device_kind"], images, digest]
     return json.dumps(parts, sort_keys=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxunlearn.errors import UserError
 from jaxunlearn.files import exists, write_atomically
+from jaxunlearn.registry import get_method, names
 from jaxunlearn.results import schema
 
 # What no record comes near: bytes of a file, digits of a number, objects and lists inside each other.
@@ -73,6 +74,18 @@ def check_overwrite(path: Path, protocol: Mapping[str, Any], hyperparameters: Ma
         )
 
 
+def check_images(path: Path, digest: str, verified: bool, force: bool) -> None:
+    """Fails as `check_overwrite` does where the record at `path` is of other images, and these are not the official.
+
+    Raises UserError, without `force`.
+    """
+    if force or verified or not exists(path):
+        return
+    known = (_existing(path).get("dataset") or {}).get("digest", digest)
+    if known != digest:
+        raise UserError(f"{path} holds a result of other images: pass --force to replace it, or another --out")
+
+
 def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
     """Stores `record` as indented JSON, atomically: `path` holds the old record or the new one, whole, at any time.
 
@@ -98,9 +111,14 @@ def write(path: Path, record: Mapping[str, Any], force: bool) -> bool:
 
 
 def better(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether something would be lost if the new record of a run replaced the old one."""
+    """Whether something would be lost if the new record of a run replaced the old one.
+
+    What longer runs said of other code of a user's rule is not: it is of the rule no more.
+    """
     status = old["status"] == "ok" and new["status"] != "ok"
-    return status or (_verified(old) and not _verified(new)) or bool(_extras(old) - _extras(new))
+    edited = old.get("rule_digest") not in (None, new["rule_digest"]) and new["method"] not in names()
+    extras = bool(_extras(old) - _extras(new)) and not edited
+    return status or (_verified(old) and not _verified(new)) or extras
 
 
 def _existing(path: Path) -> dict[str, Any]:
@@ -113,6 +131,16 @@ def _existing(path: Path) -> dict[str, Any]:
     if not all(isinstance(record.get(key), dict) for key in ("protocol", "hyperparameters")) or "status" not in record:
         raise UserError(f"{path} is not a result record: pass --force to replace it")
     return record | {"protocol": schema.LATER["protocol"] | record["protocol"]}
+
+
+def usual(method: str) -> dict[str, Any]:
+    """The hyperparameters of a rule that ships when nothing is set, as a file has them."""
+    return json.loads(json.dumps(get_method(method).defaults))
+
+
+def completed(method: str | None, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's hyperparameters and, at their defaults, those that a rule which ships was given later. JSON values."""
+    return (usual(method) if method in names() else {}) | dict(hyperparameters)
 
 
 def parse(path: Path) -> dict[str, Any]:
@@ -199,10 +227,11 @@ def other_images(record: Mapping[str, Any]) -> str | None:
 def _differences(old: Mapping[str, Any], protocol: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> list[str]:
     """One 'name: OLD there, NEW here' a setting that differs, compared as JSON values (a tuple is a list there)."""
     found = []
-    for before, now in ((old["protocol"], protocol), (old["hyperparameters"], hyperparameters)):
+    there, here = (completed(old.get("method"), own) for own in (old["hyperparameters"], hyperparameters))
+    for before, now in ((old["protocol"], protocol), (there, here)):
         now = json.loads(json.dumps(now))
         for name in [*now, *(name for name in before if name not in now)]:
             if name not in before or name not in now or before[name] != now[name]:
-                there, here = (json.dumps(side[name]) if name in side else "absent" for side in (before, now))
-                found.append(f"{name}: {there} there, {here} here")
+                said = [json.dumps(side[name]) if name in side else "absent" for side in (before, now)]
+                found.append(f"{name}: {said[0]} there, {said[1]} here")
     return found

@@ -35,6 +35,10 @@ WORDS = {
 }
 
 
+ONE_ORIGINAL = (
+    "Weights were given, so all seeds unlearn from one original: what is said of their spread is of unlearning alone."
+)
+
 Record = TypeVar("Record", bound=Mapping[str, Any])
 
 
@@ -93,8 +97,12 @@ def summarize(records: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mappi
     rows.sort(key=lambda row: -row.mean["symmetric_score"] if row.learned else float("inf"))
     rows = _compared(rows)
     # The methods of one seed share a pretrained model: it counts once.
-    before = {record["seed"]: _before(record) for record in records if record["before"]}
-    return [_row("pretrained", "", list(before.values()), None), *rows] if before else rows
+    before: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["before"]:
+            before.setdefault(record["seed"], []).append(_before(record))
+    runs = [max(reversed(known), key=_says) for known in before.values()]
+    return [_row("pretrained", "", runs, None), *rows] if runs else rows
 
 
 def grouped(
@@ -134,6 +142,11 @@ def _mean_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
     return fmean(known) if known else None
 
 
+def _says(run: Mapping[str, Any]) -> int:
+    """How much a run's record knows: not all are of one version, or were compared with a retrained model."""
+    return sum(value is not None for value in _values(run).values())
+
+
 def _before(record: Mapping[str, Any]) -> dict[str, Any]:
     status = "untrained" if record.get("untrained_in") == "pretrain" else "ok"
     return record["before"] | {"seed": record["seed"], "status": status}
@@ -147,6 +160,8 @@ def _row(method: str, variant: str, runs: Sequence[Mapping[str, Any]], seconds: 
         counting.setdefault(run["seed"], []).append(_values(run))
     columns = {name: _by_seed(counting, name) for name in MEASURED}
     several = {name: list(column.values()) for name, column in columns.items() if len(column) > 1}
+    # Retrained models are compared in a ring, each with the next one's: no two comparisons are of models of their own.
+    bounded = {name: column for name, column in several.items() if method != RETRAIN or name not in AGAINST_RETRAIN}
     scores = {seed: [values["symmetric_score"] for values in group] for seed, group in counting.items()}
     return Row(
         method=method,
@@ -158,7 +173,7 @@ def _row(method: str, variant: str, runs: Sequence[Mapping[str, Any]], seconds: 
         flags={name: _count(runs, name) for name in FLAGS},
         mean={name: fmean(column.values()) for name, column in columns.items() if column},
         std={name: stdev(column) for name, column in several.items()},
-        half_width={name: width for name, column in several.items() if (width := t_interval(column)) is not None},
+        half_width={name: width for name, column in bounded.items() if (width := t_interval(column)) is not None},
         values=columns,
         spread=variance_components(scores),
         seconds=seconds,
@@ -192,14 +207,24 @@ def _count(runs: Sequence[Mapping[str, Any]], flag: str) -> int | None:
     return sum(known) if known else None
 
 
+def _above(row: Row, ceilings: Sequence[Row]) -> int:
+    """How many of a row's runs count as above the best `retrain` row: all that learned, where the mean over the seeds
+    that both have, or over all where they share none, is above."""
+    best = max(ceilings, key=lambda ceiling: ceiling.mean["unlearn_score"])
+    own, limits = row.values["unlearn_score"], best.values["unlearn_score"]
+    shared = own.keys() & limits.keys()
+    above = fmean(own[seed] for seed in shared or own) > fmean(limits[seed] for seed in shared or limits)
+    return (row.runs - row.diverged - row.untrained) * above
+
+
 def _compared(rows: Sequence[Row]) -> list[Row]:
     """The rows with their ranks; what the records do not say of `above_retrain`, the best `retrain` row does."""
     found = ranks([row.values["symmetric_score"] if row.learned and not row.reference else {} for row in rows])
-    ceilings = [row.mean["unlearn_score"] for row in rows if row.method == RETRAIN and row.reference]
+    ceilings = [row for row in rows if row.method == RETRAIN and row.reference]
     compared = []
     for row, rank in zip(rows, found, strict=True):
         above = row.flags["above_retrain"]
         if above is None and ceilings and row.learned:
-            above = row.runs * (row.mean["unlearn_score"] > max(ceilings))
+            above = _above(row, ceilings)
         compared.append(row._replace(rank=rank, flags=row.flags | {"above_retrain": above}))
     return compared

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jaxunlearn.errors import printable
 
 LONGEST = 500  # characters of a text
+LONGER = {"commands": 20_000}  # by column; a thousand seeds are named in half of that, and cut off they are others
 # What begins emphasis, code or a link; underscores inside a word do not. Addresses are links as they are.
 MARKUP = re.compile(r"[\\`*\[\]~]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:(?=//)|(?<=www)\.|@", re.IGNORECASE)
 DIGITS = {"seconds": 1}  # decimals of a column's fractions, if not four
@@ -75,7 +76,7 @@ def _blocks(sheet: Sheet) -> list[str]:
     blocks.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
     blocks += sheet.notes
     if sheet.below:
-        texts = dict.fromkeys(text for row in sheet.rows for text in _texts(row[sheet.below]))
+        texts = dict.fromkeys(text for row in sheet.rows for text in _texts(sheet.below, row[sheet.below]))
         # No text begins a line, so none can end the block.
         lines = ["```console", *(f"$ {text}" for text in texts), "```"]
         blocks += ["\n".join(lines)] if texts else []
@@ -90,19 +91,20 @@ def text_of(name: str, cell: Cell) -> str:
         return f"{cell.mean:.{digits}f}{width}"
     if isinstance(cell, float):
         return f"{cell:.{digits}f}"
-    return "; ".join(_texts(cell))
+    return "; ".join(_texts(name, cell))
 
 
-def _texts(cell: Cell) -> list[str]:
-    """What a cell without decimals says; nothing where nothing is known."""
+def _texts(name: str, cell: Cell) -> list[str]:
+    """What a column's cell without decimals says; nothing where nothing is known."""
+    longest = LONGER.get(name, LONGEST)
     if cell is None or isinstance(cell, str | int | float):
-        return [] if cell in (None, "") else [_plain(str(cell))]
-    return [_plain(str(one)) for one in cell]
+        return [] if cell in (None, "") else [_plain(str(cell), longest)]
+    return [_plain(str(one), longest) for one in cell]
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, longest: int = LONGEST) -> str:
     text = printable(text)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _marked(text: str) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jaxunlearn.evaluation.metrics import auc_standard_error
 from jaxunlearn.results import published
-from jaxunlearn.results.rows import SHOWN, WORDS, Row, summarize
+from jaxunlearn.results.rows import ONE_ORIGINAL, SHOWN, WORDS, Row, summarize
 
 # Of output that is no terminal (a file, a pipe): every table fits, one line a row.
 FILE_WIDTH = 200
@@ -65,6 +65,9 @@ def print_results(
     _print_table(console, COLUMNS, lambda joint: [_cells(row, joint, plus_minus) for row in rows], PARTS)
     if repeated:
         console.print(f"{plus_minus} is half the 95% t-interval of the mean over seeds.")
+    given = bool(records[0]["protocol"].get("init_weights"))
+    if given and (repeated or any(row.spread for row in rows)):
+        console.print(ONE_ORIGINAL)
     for line in _remarks(rows):
         console.print(line)
     if redrawn := _redrawn(records):
@@ -79,7 +82,10 @@ def print_results(
     console.print("What the columns mean: docs/metrics.md")
     if spread := [[_name(row, " "), *map(_deviation, row.spread[:2])] for row in rows if row.spread]:
         console.print("\nDeviation of symmetric_score over originals, and over unlearnings of one", style="bold")
-        _print_table(console, ("method", "s_train", "s_unlearn"), lambda joint: spread)
+        if given:  # of one original: there is no deviation over several
+            spread = [[name, over_unlearnings] for name, _, over_unlearnings in spread]
+        columns = ("method", *(() if given else ("s_train",)), "s_unlearn")
+        _print_table(console, columns, lambda joint: spread)
 
     if lines := _published_lines(bench):
         facts = published.load()

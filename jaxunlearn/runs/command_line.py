@@ -71,7 +71,7 @@ def _protocol_words(request: Request) -> list[str]:
         if key == "init_weights":
             words += [flag, request.init_weights.name if request.init_weights else "FILE"]
         elif key in SWITCHES:
-            words += [flag] if value else []
+            words += [flag if value else f"--no-{flag[2:]}"]
         elif key in FLAGS:
             words += [flag, str(value)]
         else:

@@ -14,6 +14,7 @@ from functools import partial
 import jax
 
 from jaxunlearn.devices.configuration import computing
+from jaxunlearn.randomness import abstract_key
 from jaxunlearn.runs.groups import first_of_each
 from jaxunlearn.runs.preparation import Prepared
 
@@ -61,7 +62,7 @@ def compiled_ahead(run: Prepared) -> Iterator[Ahead]:
 def _tasks(run: Prepared) -> dict[str, tuple[jax.sharding.Mesh, Callable[[], None]]]:
     """What compiles, and for which mesh."""
     count = len(run.keys)
-    variables = jax.eval_shape(run.network.initialise, jax.eval_shape(jax.random.key, 0))
+    variables = jax.eval_shape(run.network.initialise, abstract_key())
     tasks: dict[str, tuple[jax.sharding.Mesh, Callable[[], None]]] = {
         EVALUATE: (run.mesh, partial(run.evaluator.compile, variables, count))
     }

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +26,9 @@ from jaxunlearn.models.network import Network, make_network
 from jaxunlearn.ops import native
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.registry import RETRAIN, build_rule, names
+from jaxunlearn.registry import RETRAIN, Method, build_rule, names
 from jaxunlearn.results.environment import environment
-from jaxunlearn.results.records import check_overwrite
+from jaxunlearn.results.records import check_images, check_overwrite
 from jaxunlearn.runs.event_files import EventFiles, check_tensorboard
 from jaxunlearn.runs.groups import Group, alike, differing, first_of_each, grouped, titled
 from jaxunlearn.runs.request import Request
@@ -143,6 +145,8 @@ def prepare(request: Request, reporter: Reporter) -> Prepared:
             _check_rules(request, context)
             with timing("data_s"):
                 dataset = load(protocol.dataset, request.data_dir, request.cache_dir, reporter.shows)
+            for path, _ in _outputs(request) if leads() else ():
+                check_images(path, dataset.digest, dataset.verified, request.force)
         check_agreement(dataset.digest)
         with timing("data_s"):
             chosen = limited(dataset.train, dataset.num_classes, protocol.train_limit)
@@ -213,9 +217,15 @@ def _check_outputs(request: Request) -> None:
         check_writable(folder)
     check_lockable(request.cache_dir, LOCK_REMEDY)
     protocol = dataclasses.asdict(request.protocol)
+    for path, method in _outputs(request):
+        check_overwrite(path, protocol, method.hyperparameters, request.force)
+
+
+def _outputs(request: Request) -> Iterator[tuple[Path, Method]]:
+    """The path of each record that the request will make, and its method."""
     for method, seed in itertools.product(request.methods, request.seeds):
         for draw in range(request.draws(method)):
-            check_overwrite(request.record_path(method, seed, draw), protocol, method.hyperparameters, request.force)
+            yield request.record_path(method, seed, draw), method
 
 
 def _on_device(images: ImageSet, mesh: jax.sharding.Mesh) -> Images:

@@ -36,18 +36,21 @@ def make_record(
     """
     request, timing, count = run.request, run.timing, len(run.request.seeds)
     draw, i = index // count % request.draws(method), index % count
-    (pretrained, unlearned), (before, after, retrained) = models, worth
-    shares = len(unlearned.seconds)  # of what all models of this method took together
-    pretrain_s, prepare_s = pretrained.seconds[i], unlearned.prepared[index]
-    unlearn_s = unlearned.seconds[index] - prepare_s
+    pretrained, unlearned = models[0].outcomes[i], models[1].outcomes[index]
+    before, after, retrained = worth
+    shares = len(models[1].outcomes)  # of what all models of this method took together
+    pretrain_s, prepare_s = pretrained.seconds, unlearned.prepared
+    unlearn_s = unlearned.seconds - prepare_s
     images = sum(run.batches(len(run.train.labels), "training")) * request.protocol.pretrain_epochs
-    diverged_at = _diverged(pretrained.diverged[i], unlearned.diverged[index], after)
-    untrained_in = _untrained(method, pretrained.untrained[i], unlearned.untrained[index])
+    alone = method.name == RETRAIN  # it does not begin with the pretrained model, whatever became of that
+    diverged_at = _diverged(None if alone else pretrained.diverged, unlearned.diverged, after)
     result = diverged_metrics() | {"companions": None} if diverged_at else after
-    if untrained_in == "pretrain":  # as it is, whatever became of it beside others
-        result, prepare_s, unlearn_s, diverged_at = before, 0.0, 0.0, None
-    attempts = {"pretrain": pretrained.attempts[i]}
-    attempts |= {RETRAIN: unlearned.attempts[index]} if method.name == RETRAIN else {}
+    untrained_in = RETRAIN if alone and unlearned.untrained and not diverged_at else None
+    if pretrained.untrained and not alone:  # as it is, whatever became of it beside others
+        untrained_in, diverged_at = "pretrain", None
+        result, prepare_s, unlearn_s = before, 0.0, 0.0
+    attempts = {"pretrain": pretrained.attempts}
+    attempts |= {RETRAIN: unlearned.attempts} if alone else {}
     marks = flags(before, result, retrained, *run.evaluator.counts)
     seconds = {
         "data_s": common["data_s"],
@@ -59,7 +62,7 @@ def make_record(
         "companions_s": timing.get("companions_s", 0.0) / shares,
         "checkpoint_s": common.get("checkpoint_s", 0.0) / count + timing.get("checkpoint_s", 0.0) / shares,
     }
-    trained_on = {"pretrain": list(pretrained.devices[i]), "unlearn": list(unlearned.devices[index])}
+    trained_on = {"pretrain": list(pretrained.devices), "unlearn": list(unlearned.devices)}
     throughput = {
         "pretrain_images_per_s": images / pretrain_s if pretrain_s and untrained_in != "pretrain" else None,
         "unlearn_steps_per_s": steps / unlearn_s if steps and unlearn_s and not untrained_in else None,
@@ -73,11 +76,11 @@ def make_record(
         **result,
         "before": dict(before),
         "curves": {
-            "pretrain": pretrained.curves[i] or None,
-            "unlearn": unlearned.curves[index] or None,
+            "pretrain": pretrained.curves or None,
+            "unlearn": unlearned.curves or None,
             "evaluated": None
             if untrained_in
-            else _evaluated(run, method, steps, (before, result), unlearned.evaluated[index]),
+            else _evaluated(run, method, steps, (before, result), unlearned.evaluated),
         },
         "scored": "last",
         "flags": dict.fromkeys(marks) | {"collapsed": False} if untrained_in else marks,
@@ -117,8 +120,3 @@ def _diverged(pretraining: int | None, unlearning: int | None, after: Worth) -> 
         if step is not None:
             return {"phase": phase, "step": step}
     return {"phase": "evaluate", "step": None} if after["retain_acc"] is None else None
-
-
-def _untrained(method: Method, pretraining: bool, after: bool) -> str | None:
-    """Which training of a seed learned nothing, "pretrain" or "retrain"; None where none did."""
-    return "pretrain" if pretraining else RETRAIN if after and method.name == RETRAIN else None

@@ -80,7 +80,7 @@ class Request:
         """Where a method's record of a seed is kept: apart from the benchmark's own on a CPU if anything differs."""
         differs = self.changes | {f"{method.name}.{name}": value for name, value in method.changes.items()}
         if (platform := jax.default_backend()) != "cpu":
-            differs["platform"] = platform
+            differs |= {"platform": platform, "device_kind": jax.devices()[0].device_kind}
         return record_path(self.out, self.bench, method.name, seed, differs, unlearn_seed)
 
     def path_of(self, record: Mapping[str, Any]) -> Path:

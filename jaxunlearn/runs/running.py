@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ import numpy as np
 from jaxunlearn.devices.configuration import computing, programs_kept
 from jaxunlearn.devices.processes import leads, meet
 from jaxunlearn.devices.sharding import fetch, make_mesh, place_seeds
-from jaxunlearn.errors import WriteError, one_line
 from jaxunlearn.evaluation.normalisations import LOW, better_normalisation
 from jaxunlearn.evaluation.predictions import packed
-from jaxunlearn.files import write_atomically
+from jaxunlearn.files import AGAIN, write_atomically, writing
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
 from jaxunlearn.progress import Reporter
@@ -72,7 +71,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
                 else:
                     ahead.ready(group.title)
                     asked = scorer.ask(_unlearn(run, group, own, pretrained, scorer, reporter))
-                    steps = run.unlearnings.pop(group.title).steps  # what it has compiled goes with it
+                    steps = run.unlearnings.pop(group.title).steps
                 if not before:
                     before = [scorer.worth(originals, i) for i in range(len(request.seeds))]
                 after = [scorer.worth(asked, i, group.method.name) for i in range(len(asked.predictions))]
@@ -82,6 +81,7 @@ def results(run: Prepared) -> Iterator[tuple[dict[str, Any], str | None]]:
                     record = make_record(run, method, index, (pretrained, asked.models), worth, steps, common)
                     _keep_events(run, group, index, record)
                     yield record, _keep(run, method, index, record, asked)
+                del asked  # before the next one trains
                 if request.once:
                     _discard(own)
         if not request.once:
@@ -127,19 +127,20 @@ def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], ask
     own = fetch(jax.tree.map(lambda x: x[index], variables)) if weights else {}
     if not leads():
         return None
-    with _written(method.name):
-        if not records.write(path, record, request.force):
-            return f"{path} holds a better record, kept; --force replaces it"
+    with writing(f"the results of {method.name}", AGAIN):
+        stored = records.write(path, record, request.force)
+        fine = record["status"] == "ok"
         kept = path.with_suffix(".npz") if request.keep_predictions else None
-        if (kept or weights) and record["status"] != "ok":
-            missing = " and ".join(map(str, filter(None, (kept, weights))))
-            return f"{missing} was not written: the model is {record['status']}"
-        if kept:  # it says of which record it is: one that replaces that may be written without
+        if kept and fine and stored:  # it says of which record it is: one that replaces that may be written without
             said = packed(asked.predictions[index], run.evaluator.labels, finished_at=record["finished_at"])
             write_atomically(kept, said)
-        if weights:
+        if weights and fine:
             write_safetensors(weights, to_state_dict(own))
-    return None
+    missing = [str(file) for file, written in ((kept, fine and stored), (weights, fine)) if file and not written]
+    lost = f"{' and '.join(missing)} was not written"
+    if not stored:
+        return f"{path} holds a better record, kept{f', and {lost}' if missing else ''}; --force replaces it"
+    return f"{lost}: the model is {record['status']}" if missing else None
 
 
 def _keep_events(run: Prepared, group: Group, index: int, record: dict[str, Any]) -> None:
@@ -187,23 +188,11 @@ def _keep_originals(run: Prepared, originals: Asked) -> None:
     """Writes what the pretrained models say, if asked to, but for those that diverged or learned nothing."""
     if not (run.request.keep_predictions and leads()):
         return
-    models = originals.models
-    with _written(PRETRAINED):
+    with writing(f"the results of {PRETRAINED}", AGAIN):
         for i, seed in enumerate(run.request.seeds):
-            sound = models.diverged[i] is None and not models.untrained[i]
-            if sound and originals.results[i]["retain_acc"] is not None:
+            if originals.models.outcomes[i].sound and originals.results[i]["retain_acc"] is not None:
                 said = packed(originals.predictions[i], run.evaluator.labels, digest=run.digest)
                 write_atomically(run.request.originals_path(seed), said)
-
-
-@contextmanager
-def _written(name: str) -> Iterator[None]:
-    """Raises WriteError, in one line, where results of `name` cannot be written inside."""
-    try:
-        yield
-    except OSError as error:
-        message = f"cannot write the results of {name} ({one_line(error)})"
-        raise WriteError(f"{message}: put that right and run the same command, which goes on from here") from error
 
 
 def _train_or_load(run: Prepared, without: int | None, reporter: Reporter) -> Models:
@@ -239,7 +228,7 @@ def _unlearn(
     """Every seed's model unlearned by each method of a group: all seeds of its first draw, of its second, ..., then the
     next method's."""
     count, total = len(run.keys), run.count(group)
-    if all(at is not None or bad for at, bad in zip(pretrained.diverged, pretrained.untrained, strict=True)):
+    if not any(own.sound for own in pretrained.outcomes):
         return repeated(pretrained, total // count, run.mesh)
     if not group.method.source:
         _discard(entries)  # nobody can say whether it is of the same rule
@@ -277,10 +266,10 @@ def _unlearn_entries(run: Prepared, group: Group, pretrained: Models) -> list[En
     request = run.request
     return [
         unlearn_entry(
-            request.cache_dir, request.protocol, run.digest, seed, method, max(0, attempts - 1), draw, group.numbers
+            request.cache_dir, request.protocol, run.digest, seed, method, max(0, own.attempts - 1), draw, group.numbers
         )
         for method, draw in itertools.product(group.methods, range(request.draws(group.method)))
-        for seed, attempts in zip(request.seeds, pretrained.attempts, strict=True)
+        for seed, own in zip(request.seeds, pretrained.outcomes, strict=True)
     ]
 
 
@@ -297,5 +286,5 @@ def _to_the_end(
 ) -> Models:
     request, count = run.request, len(run.request.seeds)
     seeds = [(request.seeds[i % count], i // count % draws) for i in range(len(entries))]
-    trained = train(start, entries, seeds, run.mesh, reporter, title, request.save_every, redraw, watch, told)
-    return Models(trained.state.params, trained.state.batch_stats, *trained[1:])
+    state, outcomes = train(start, entries, seeds, run.mesh, reporter, title, request.save_every, redraw, watch, told)
+    return Models(state.params, state.batch_stats, outcomes)

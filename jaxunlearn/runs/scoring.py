@@ -43,8 +43,9 @@ class Scorer:
 
     def compare_with(self, models: Models) -> Asked:
         """Asks the models as those that never saw the class."""
-        self._retrained = self.ask(models)
-        return self._retrained
+        asked = self.ask(models)
+        self._retrained = asked._replace(models=models._replace(params=None, batch_stats=None))  # done with
+        return asked
 
     def ask(self, models: Models) -> Asked:
         """Asks the models of one or more draws of all seeds."""
@@ -52,7 +53,7 @@ class Scorer:
         predictions: list[Predictions] = []
         results: list[dict[str, Any]] = []
         images = run.evaluator.steps * BATCH_SIZE * self._count
-        for first in range(0, len(models.seconds), self._count):
+        for first in range(0, len(models.outcomes), self._count):
             params, batch_stats = (
                 place_seeds(jax.tree.map(lambda x, i=first: x[i : i + self._count], tree), run.mesh)
                 for tree in (models.params, models.batch_stats)
@@ -91,8 +92,8 @@ class Scorer:
         other = (seed + 1) % self._count if method == RETRAIN else seed
         if retrained is None or (method == RETRAIN and other == seed):
             return None
-        result, models = retrained.results[other], retrained.models
-        if models.diverged[other] is not None or models.untrained[other] or result["companions"] is None:
+        result = retrained.results[other]
+        if not retrained.models.outcomes[other].sound or result["companions"] is None:
             return None
         return other, result
 

@@ -10,8 +10,9 @@ import numpy as np
 from jaxunlearn.data.batches import Batch
 from jaxunlearn.errors import UserError, one_line
 from jaxunlearn.methods.rule import SETS, Context, Pass, RuleState, UnlearningRule
+from jaxunlearn.randomness import abstract_key
 from jaxunlearn.registry import Method
-from jaxunlearn.training.drawing import watched_draws
+from jaxunlearn.training.host_draws import watched_draws
 
 LEAK = "it uses an array of an earlier call: what is kept belongs into RuleState.extra"
 SEED_AXES: Any = RuleState(0, 0, 0, 0, None, None)  # type: ignore[arg-type]
@@ -31,7 +32,7 @@ def check_rule(method: Method, rule: UnlearningRule, context: Context, sizes: Se
             raise TypeError("it has neither step nor prepare nor passes")
         if isinstance(rule.passes, Pass) or not all(isinstance(one, Pass) for one in rule.passes):
             raise TypeError("its passes must be a tuple of Pass")
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = abstract_key()
         params, batch_stats = jax.eval_shape(context.initialise, key)
         for pair in sizes if len(sizes) > 1 else [*sizes] * 2:  # the second meets what the first has left behind
             state = jax.eval_shape(jax.vmap(rule.init), *map(_one_seed, (params, batch_stats, key)))
@@ -87,7 +88,7 @@ def traces(rule_of: Callable[[Any], UnlearningRule], context: Context, sizes: tu
             same_form("step", ("params", params, after[0]), ("state", state, after[1]))
         return params, state
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = abstract_key()
     try:
         jax.eval_shape(parts, *jax.eval_shape(context.initialise, key), key, numbers, *map(_abstract_batch, sizes))
     except Exception:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,8 +22,9 @@ from orbax import checkpoint as orbax
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, Protocol
 from jaxunlearn.devices.processes import anywhere, leads
 from jaxunlearn.errors import one_line
-from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock
+from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock, set_aside
 from jaxunlearn.registry import Method
+from jaxunlearn.training.history import History, Position, Sums
 
 FORMAT = 3  # raise by hand when what a checkpoint means changes: older entries are then never used
 DISCARDED = ".discarded"
@@ -33,34 +33,12 @@ Leaves = dict[str, np.ndarray]  # by place in the state, such as "params/conv1/k
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
-class Position(NamedTuple):
-    """How far training is: whole epochs, then steps of the epoch after them. Passes before the first epoch have
-    numbers below 0, the last of them -1."""
-
-    epoch: int
-    step: int
-
-    @property
-    def name(self) -> str:
-        """The name of a checkpoint's folder."""
-        return f"epoch{self.epoch:04d}" + (f"-step{self.step:06d}" if self.step else "")
-
-
-Sums = dict[str, list[float | None]]  # of a metric over the steps of each epoch, the last perhaps not whole
-Evaluated = dict[str, list[Any]]  # "epoch", and what a model was worth after each of these; empty: nobody asked
-
-
 class Saved(NamedTuple):
     """A state as it was saved, without a seed axis."""
 
     leaves: Leaves
     position: Position
-    seconds: float  # that training up to here took
-    diverged: int | None  # the first step whose loss, or after which a weight, was not finite
-    sums: Sums  # of the metrics; None where they are not known or not finite
-    prepared: float = 0.0  # of the seconds, those before the first epoch
-    evaluated: Evaluated = {}  # noqa: RUF012 -- read only
-    devices: Sequence[str] = ()  # the kinds that it was trained on; empty: not known
+    history: History
 
 
 class Entry(NamedTuple):
@@ -226,9 +204,9 @@ def load(entry: Entry, position: Position, abstract: Shapes) -> Saved | None:
         about = metadata.custom_metadata or {}
         leaves = _orbax().restore(path)
         leaves |= {name: np.empty(x.shape, x.dtype) for name, x in abstract.items() if not x.size}
-        known = about.get("seconds", 0.0), about.get("diverged"), about.get("sums", {}), about.get("prepared", 0.0)
         devices = about.get("devices", [about["device"]] if "device" in about else [])
-        saved = Saved(leaves, position, *known, about.get("evaluated", {}), tuple(devices))
+        known = {name: about[name] for name in History._fields if name in about} | {"devices": tuple(devices)}
+        saved = Saved(leaves, position, History(**known))
         if about.get("digest") != _digest(entry, saved):
             raise ValueError("it is not what was written")
         if about.get("precision") == "fp32" and about.get("device", "cpu") != "cpu" and "arithmetic" not in about:
@@ -237,8 +215,7 @@ def load(entry: Entry, position: Position, abstract: Shapes) -> Saved | None:
     except (MemoryError, PermissionError):
         raise  # nothing is wrong with the checkpoint
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        path.rename(aside)
+        aside = set_aside(path)
         warnings.warn(f"checkpoint {path} cannot be used ({one_line(error)}): moved to {aside.name}", stacklevel=2)
         return None
 
@@ -251,9 +228,8 @@ def save_together(entries: Sequence[Entry], saved: Sequence[Saved]) -> None:
     }
     try:
         for entry, one in zip(entries, saved, strict=True):
-            written: dict[str, Any] = {"seconds": one.seconds, "diverged": one.diverged, "digest": _digest(entry, one)}
-            written |= {"sums": one.sums, "prepared": one.prepared, "evaluated": one.evaluated}
-            written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "devices": list(one.devices)}
+            written = one.history._asdict() | {"devices": list(one.history.devices), "digest": _digest(entry, one)}
+            written |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
             written |= {"arithmetic": entry.about["precision"]}  # before, GPUs' fp32 was TF32
             leaves = {name: leaf for name, leaf in one.leaves.items() if leaf.size}  # Orbax refuses empty arrays
             about = entry.about | group | written
@@ -300,8 +276,9 @@ def _clean(entry: Entry) -> None:
 
 def _digest(entry: Entry, saved: Saved) -> str:
     """SHA-256 of all that a checkpoint means."""
-    about = [entry.about, saved.position, saved.seconds, saved.diverged]
-    about += [known for known in (saved.sums, saved.prepared, saved.evaluated) if known]  # older ones have none
+    history = saved.history
+    about = [entry.about, saved.position, history.seconds, history.diverged]
+    about += [known for known in (history.sums, history.prepared, history.evaluated) if known]  # older ones have none
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, leaf in sorted(saved.leaves.items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxunlearn.training.checkpoints import Saved, Sums
+from jaxunlearn.training.checkpoints import Saved
+from jaxunlearn.training.history import Sums
 
 EPOCHS, STEPS = 2, 500  # that are done at least before anything is said
 
@@ -25,7 +26,7 @@ class Judge(NamedTuple):
 
     def untrained(self, saved: Saved | None) -> bool:
         """Whether a model is past that epoch and has learned nothing."""
-        return saved is not None and saved.position.epoch >= self.epoch and self.shows(saved.sums)
+        return saved is not None and saved.position.epoch >= self.epoch and self.shows(saved.history.sums)
 
     def shows(self, sums: Sums) -> bool:
         """Whether these sums over the steps of each epoch are those of a model that has learned nothing."""

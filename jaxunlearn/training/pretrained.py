@@ -1,7 +1,6 @@
 """Models for a run; pretrained ones from given weights."""
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,42 +14,23 @@ from jaxunlearn.models.network import Network
 from jaxunlearn.models.state_dicts import normalisation
 from jaxunlearn.models.torch_weights import fit_weights
 from jaxunlearn.models.weight_files import read_weights
-from jaxunlearn.training.checkpoints import Evaluated
-
-Curves = dict[str, list[float | None]]  # of a metric, its mean over the steps of each whole epoch; None: not known
+from jaxunlearn.randomness import abstract_key
+from jaxunlearn.training.history import Outcome
 
 
 class Models(NamedTuple):
-    """Models with the seed axis in front, and what training each took."""
+    """Models with the seed axis in front, and what came of training each."""
 
     params: Any
     batch_stats: Any
-    seconds: list[float]  # a seed's share of the time of the seeds that were trained together
-    diverged: list[int | None]  # the first step whose loss, or after which a weight, was not finite
-    untrained: list[bool]  # whether it learned nothing and its training was stopped
-    attempts: list[int]  # at training it; 0 where it was given
-    curves: list[Curves]  # of its training; empty where no metric is known, as of a model that was given
-    prepared: list[float]  # of the seconds, those before the first epoch
-    evaluated: list[Evaluated]  # what each was worth on the way; empty where nobody asked
-    devices: list[Sequence[str]]  # the kinds that each was trained on; none where it was given, or nobody knows
+    outcomes: list[Outcome]
 
 
 def repeated(models: Models, times: int, mesh: jax.sharding.Mesh) -> Models:
     """All the models so many times in a row, as if nothing had been done to them since."""
-    count = len(models.seconds) * times
     params, batch_stats = place_seeds(jax.tree.map(lambda x: jnp.concatenate([x] * times), models[:2]), mesh)
-    return Models(
-        params,
-        batch_stats,
-        [0.0] * count,
-        models.diverged * times,
-        models.untrained * times,
-        models.attempts * times,
-        [{}] * count,
-        [0.0] * count,
-        [{}] * count,
-        [()] * count,
-    )
+    kept = [Outcome(diverged=own.diverged, untrained=own.untrained, attempts=own.attempts) for own in models.outcomes]
+    return Models(params, batch_stats, kept * times)
 
 
 def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh: jax.sharding.Mesh) -> Models:
@@ -59,7 +39,7 @@ def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh
     Warns where they were made for images of another mean and standard deviation than the protocol's, and the file says
     so.
     """
-    params, batch_stats = jax.eval_shape(network.initialise, jax.random.key(0))
+    params, batch_stats = jax.eval_shape(network.initialise, abstract_key())
     arrays = read_weights(path)
     variables = fit_weights(path, arrays, {"params": params, "batch_stats": batch_stats})
     theirs, ours = normalisation(arrays), (protocol.mean, protocol.std)
@@ -71,15 +51,4 @@ def given(path: Path, protocol: Protocol, network: Network, num_seeds: int, mesh
             stacklevel=2,
         )
     placed = place_seeds(jax.tree.map(lambda x: np.repeat(x[None], num_seeds, 0), variables), mesh)
-    return Models(
-        placed["params"],
-        placed["batch_stats"],
-        [0.0] * num_seeds,
-        [None] * num_seeds,
-        [False] * num_seeds,
-        [0] * num_seeds,
-        [{}] * num_seeds,
-        [0.0] * num_seeds,
-        [{}] * num_seeds,
-        [()] * num_seeds,
-    )
+    return Models(placed["params"], placed["batch_stats"], [Outcome()] * num_seeds)

@@ -17,8 +17,8 @@ from jaxunlearn.devices.sharding import over_seeds, place_seeds, place_shared, s
 from jaxunlearn.methods.rule import accuracy, cross_entropy
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
-from jaxunlearn.randomness import Stream, step_keys, stream_key
-from jaxunlearn.training.checkpoints import Position
+from jaxunlearn.randomness import Stream, abstract_key, step_keys, stream_key
+from jaxunlearn.training.history import Position
 from jaxunlearn.training.loop import Compiled, EpochLoop, Keeper, Timing, batch_sizes, chunks
 
 
@@ -88,7 +88,7 @@ class Pretraining:
 
     def abstract(self, position: Position) -> TrainState:
         """Shapes and dtypes of one seed's state, the same everywhere."""
-        return jax.eval_shape(self._start_one, jax.eval_shape(jax.random.key, 0), None)
+        return jax.eval_shape(self._start_one, abstract_key(), None)
 
     def epoch(
         self,

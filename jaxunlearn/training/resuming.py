@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -13,10 +14,10 @@ import numpy as np
 from jaxunlearn.devices.processes import anywhere, from_leader, leads
 from jaxunlearn.progress import Report, Reporter
 from jaxunlearn.randomness import seed_keys
-from jaxunlearn.training.checkpoints import Entry, Evaluated, Leaves, Position, Saved, Shapes, load_together, sums_at
+from jaxunlearn.training.checkpoints import Entry, Leaves, Saved, Shapes, load_together, sums_at
+from jaxunlearn.training.history import Curves, History, Outcome, Position
 from jaxunlearn.training.judging import Judge
 from jaxunlearn.training.loop import Keeper, Timing
-from jaxunlearn.training.pretrained import Curves
 from jaxunlearn.training.saving import Saving
 from jaxunlearn.training.states import key_data, leaves_of, on_device
 from jaxunlearn.training.stopping import deferred
@@ -68,20 +69,6 @@ class Watch(NamedTuple):
 Told = Callable[[int, int, int, dict[str, float | None]], None]
 
 
-class Trained(NamedTuple):
-    """States at the end, the seed axis in front, and by seed what came of it."""
-
-    state: Any
-    seconds: list[float]  # a seed's share of the time of the seeds that were trained together
-    diverged: list[int | None]  # the first step whose loss, or after which a weight, was not finite
-    untrained: list[bool]  # whether it had learned nothing when that was looked at, which ended its training
-    attempts: list[int]  # how many there were
-    curves: list[Curves]  # empty where no metric is known
-    prepared: list[float]  # of the seconds, those before the first epoch
-    evaluated: list[Evaluated]  # what was found on the way
-    devices: list[Sequence[str]]  # the kinds that it was trained on
-
-
 def train(
     start: Callable[[list[int]], Start],
     entries: Sequence[Entry],
@@ -93,8 +80,9 @@ def train(
     redraw: Redraw | None = None,
     watch: Watch | None = None,
     told: Told = lambda *_: None,
-) -> Trained:
-    """Brings the entry of every seed, `locked` by the caller, to its last epoch. The states are placed on `mesh`.
+) -> tuple[Any, list[Outcome]]:
+    """Brings the entry of every seed, `locked` by the caller, to its last epoch. Returns (states at the end, the seed
+    axis in front, placed on `mesh`, what came of each).
 
     `start(indices)` is for those of `seeds`, each with which of its unlearnings it is, from 0. Seeds that have come
     equally far are trained together. A seed that diverges goes on beside the others, which do not feel it; where all
@@ -103,68 +91,137 @@ def train(
 
     Raises KeyboardInterrupt once it is asked to stop and has saved.
     """
-    whole = start(list(range(len(seeds))))
-    abstract, judge = cache(whole.training.abstract), redraw.judge if redraw else None
+    run = _Run(start, list(entries), seeds, reporter, title, save_every, redraw, watch, told)
+    while run.advance():
+        pass
+    return run.states(mesh), run.outcomes()
 
-    def shapes(position: Position) -> Shapes:
-        return leaves_of(jax.eval_shape(key_data, abstract(position)))
 
-    attempts = _attempts(redraw, len(seeds))
-    entries = [redraw.entry(i, attempts[i]) if redraw else entry for i, entry in enumerate(entries)]
-    saved = _load(entries, shapes)
+@dataclass
+class _Run:
+    """Seeds on their way to the last epoch: what `train` was given, and how far each of them is."""
 
-    def advance(group: list[int], until: int) -> None:
-        training, first_state = whole if len(group) == len(seeds) else start(group)
-        with jax.set_mesh(training.mesh):
-            before = [one for one in (saved[i] for i in group) if one]
-            own, passes = [entries[i] for i in group], training.passes
-            keeper = Saving(own, before, passes, training.steps_per_epoch, training.timing, save_every)
-            leaves = [one.leaves for one in before]
-            state = on_device(leaves, abstract(keeper.position), training.mesh) if before else None
-            own_seeds, draws = zip(*(seeds[i] for i in group), strict=True)
-            keys = seed_keys(own_seeds, [attempts[i] for i in group], draws)
-            given = training, state, first_state, keys, keeper
+    start: Callable[[list[int]], Start]
+    entries: list[Entry]  # of the attempts that they have come to
+    seeds: Sequence[tuple[int, int]]
+    reporter: Reporter
+    title: str
+    save_every: float
+    redraw: Redraw | None
+    watch: Watch | None
+    told: Told
 
-            def tell(epoch: int) -> None:
-                for i, sums in zip(group, keeper.sums, strict=True):
-                    own = {name: values[epoch - 1] for name, values in sums.items()}
-                    told(i, attempts[i], epoch, {name: x and x / training.steps_per_epoch for name, x in own.items()})
+    def __post_init__(self) -> None:
+        self.whole = self.start(list(range(len(self.seeds))))
+        self.steps, self.epochs = self.whole.training.steps_per_epoch, self.whole.training.epochs
+        self.abstract, self.judge = cache(self.whole.training.abstract), self.redraw.judge if self.redraw else None
+        self.attempts = _attempts(self.redraw, len(self.seeds))
+        if self.redraw:
+            self.entries = [self.redraw.entry(i, attempt) for i, attempt in enumerate(self.attempts)]
+        self.saved = _load(self.entries, self.shapes)
 
-            results = _advance(*given, reporter, title, until, judge, watch, tell, group)
-        for i, result in zip(group, results, strict=True):
-            saved[i] = result
+    def advance(self) -> bool:
+        """Trains those that are behind until they are as far as the others, or else all to the end.
 
-    advanced = True
-    while advanced:
-        for i in range(len(seeds)):
-            while redraw and redraw.judge.untrained(saved[i]) and attempts[i] + 1 < redraw.most:
-                attempts[i] += 1
-                if leads():
-                    learned = f"{title}: seed {seeds[i][0]} had learned nothing after epoch {redraw.judge.epoch}"
-                    warnings.warn(f"{learned}: drawn again, attempt {attempts[i] + 1} of {redraw.most}", stacklevel=2)
-                entries[i] = redraw.entry(i, attempts[i])
-                saved[i] = _load([entries[i]], shapes)[0]
-        until, groups = _next(saved, attempts, judge, whole.training)
+        Returns whether there was anything to train.
+        """
+        for i in range(len(self.seeds)):
+            self.draw_again(i)
+        until, groups = _next(self.saved, self.attempts, self.judge, self.whole.training)
         for group in groups:
-            advance(group, until)
-        advanced = bool(groups)
-    done = [one for one in saved if one]
-    return Trained(
-        on_device([one.leaves for one in done], abstract(Position(whole.training.epochs, 0)), mesh),
-        [one.seconds for one in done],
-        [one.diverged for one in done],
-        [judge is not None and judge.untrained(one) for one in done],
-        [attempt + 1 for attempt in attempts],
-        [_curves(one, whole.training.steps_per_epoch) for one in done],
-        [one.prepared for one in done],
-        [one.evaluated for one in done],
-        [one.devices for one in done],
-    )
+            for i, one in zip(group, self.train(group, until), strict=True):
+                self.saved[i] = one
+        return bool(groups)
+
+    def states(self, mesh: jax.sharding.Mesh) -> Any:
+        """Those after the last epoch, the seed axis in front."""
+        last = Position(self.epochs, 0)
+        return on_device([one.leaves for one in self.saved if one], self.abstract(last), mesh)
+
+    def outcomes(self) -> list[Outcome]:
+        """What came of each seed."""
+        found = []
+        for one, attempt in zip(self.saved, self.attempts, strict=True):
+            if one:
+                known = one.history._asdict()
+                del known["sums"]
+                untrained = self.judge is not None and self.judge.untrained(one)
+                curves = _curves(one, self.steps)
+                found.append(Outcome(**known, curves=curves, untrained=untrained, attempts=attempt + 1))
+        return found
+
+    def shapes(self, position: Position) -> Shapes:
+        return leaves_of(jax.eval_shape(key_data, self.abstract(position)))
+
+    def draw_again(self, i: int) -> None:
+        """Puts another attempt in the place of one that has learned nothing, while there is another."""
+        redraw = self.redraw
+        while redraw and redraw.judge.untrained(self.saved[i]) and self.attempts[i] + 1 < redraw.most:
+            self.attempts[i] += 1
+            if leads():
+                seed, epoch = self.seeds[i][0], redraw.judge.epoch
+                again = f"drawn again, attempt {self.attempts[i] + 1} of {redraw.most}"
+                learned = f"seed {seed} had learned nothing after epoch {epoch}"
+                warnings.warn(f"{self.title}: {learned}: {again}", stacklevel=2)
+            self.entries[i] = redraw.entry(i, self.attempts[i])
+            self.saved[i] = _load([self.entries[i]], self.shapes)[0]
+
+    def train(self, group: list[int], until: int) -> list[Saved]:
+        """A group's states after epoch `until`, or after the judge's where one has learned nothing."""
+        training, first_state = self.whole if len(group) == len(self.seeds) else self.start(group)
+        entries, before = [self.entries[i] for i in group], [one for one in (self.saved[i] for i in group) if one]
+        keeper = Saving(entries, before, training.passes, self.steps, training.timing, self.save_every)
+        epoch, first = keeper.position
+        done = epoch * self.steps + first if epoch >= 0 else 0
+        images = training.images_per_epoch * len(group)
+        bar = self.reporter.task(self.title, self.epochs, self.steps, images, done)
+        with jax.set_mesh(training.mesh), bar as report, deferred() as stopping, closing(keeper):
+            keeper.stopping = stopping
+            seeds, draws = zip(*(self.seeds[i] for i in group), strict=True)
+            keys = seed_keys(seeds, [self.attempts[i] for i in group], draws)
+            leaves = [one.leaves for one in before]
+            state = on_device(leaves, self.abstract(keeper.position), training.mesh) if before else first_state(keys)
+            keeper.enter(keeper.position)
+            self.look(group, keeper, state)
+            while epoch < until and any(own.diverged is None for own in keeper.histories):
+                state, metrics = training.epoch(state, keys, epoch, report(epoch), first, keeper)
+                keeper.note(metrics)
+                epoch, first = epoch + 1, 0
+                keeper.enter(Position(epoch, 0))
+                if epoch > 0:
+                    keeper.note_weights(state, epoch * self.steps - 1)
+                    self.tell(group, keeper)
+                judge = self.judge
+                if judge and epoch == judge.epoch and any(judge.shows(own.sums) for own in keeper.histories):
+                    break
+                if keeper.due():  # first, since a stop must not wait for an evaluation
+                    keeper.keep(0, state, {})
+                self.look(group, keeper, state)
+            keeper.keep(0, state, {})  # writes nothing where that was done just now
+            # Before signals are what they were: one would end the process while the thread writes.
+            saved = keeper.finish()
+            if anywhere(stopping()):
+                raise KeyboardInterrupt
+            return saved
+
+    def tell(self, group: Sequence[int], keeper: Saving) -> None:
+        """Tells what the epoch that has just ended was like."""
+        epoch = keeper.position.epoch
+        for i, own in zip(group, keeper.histories, strict=True):
+            last = {name: values[epoch - 1] for name, values in own.sums.items()}
+            self.told(i, self.attempts[i], epoch, {name: x and x / self.steps for name, x in last.items()})
+
+    def look(self, group: Sequence[int], keeper: Saving, state: Any) -> None:
+        """Evaluates where that is due after the epochs that are done, and was not before a stop."""
+        watch, (epoch, step) = self.watch, keeper.position
+        within = step == 0 and 0 < epoch < self.epochs
+        if watch and within and epoch % watch.every == 0 and not keeper.knows_worth(epoch):
+            keeper.note_worth(epoch, watch.worth(group, epoch, state))
 
 
 def _curves(saved: Saved, steps: int) -> Curves:
     whole = saved.position.epoch
-    return {name: [x if x is None else x / steps for x in sums[:whole]] for name, sums in saved.sums.items()}
+    return {name: [x if x is None else x / steps for x in sums[:whole]] for name, sums in saved.history.sums.items()}
 
 
 def _next(
@@ -173,7 +230,7 @@ def _next(
     """Until which epoch which seeds are trained next, those together that have come equally far."""
     nowhere = Position(-1 - training.passes, 0)  # to begin also where there is no epoch
     positions = [one.position if one else nowhere for one in saved]
-    diverged = [one is not None and one.diverged is not None for one in saved]
+    diverged = [one is not None and one.history.diverged is not None for one in saved]
     to_go = [i for i in range(len(saved)) if not (judge and judge.untrained(saved[i]))]
     # Those that were drawn again, or fell behind, first come as far as the others, to go on together with them.
     waiting = any(judge and positions[i] == (judge.epoch, 0) for i in to_go)
@@ -187,56 +244,6 @@ def _next(
     return until, [
         group for where, group in groups.items() if where.epoch < until and not all(diverged[i] for i in group)
     ]
-
-
-def _advance(
-    training: Training,
-    state: Any,
-    first_state: Callable[[jax.Array], Any],
-    keys: jax.Array,
-    keeper: Saving,
-    reporter: Reporter,
-    title: str,
-    until: int,
-    judge: Judge | None,
-    watch: Watch | None,
-    tell: Callable[[int], None],
-    group: Sequence[int],
-) -> list[Saved]:
-    """A group's states after epoch `until`, or after the judge's where one has learned nothing."""
-    steps, (epoch, first) = training.steps_per_epoch, keeper.position
-    images = training.images_per_epoch * len(keys)
-    bar = reporter.task(title, training.epochs, steps, images, epoch * steps + first if epoch >= 0 else 0)
-    with bar as report, deferred() as stopping, closing(keeper):
-        keeper.stopping = stopping
-        state = first_state(keys) if state is None else state
-        keeper.enter(keeper.position)
-
-        def look() -> None:
-            """Evaluates where that is due after the epochs that are done, and was not before a stop."""
-            due = watch and first == 0 and 0 < epoch < training.epochs and epoch % watch.every == 0
-            if watch and due and not keeper.knows_worth(epoch):
-                keeper.note_worth(epoch, watch.worth(group, epoch, state))
-
-        look()
-        while epoch < until and None in keeper.diverged:
-            state, metrics = training.epoch(state, keys, epoch, report(epoch), first, keeper)
-            keeper.note(metrics)
-            epoch, first = epoch + 1, 0
-            keeper.enter(Position(epoch, 0))
-            if epoch > 0:
-                keeper.note_weights(state, epoch * steps - 1)
-                tell(epoch)
-            if judge and epoch == judge.epoch and any(map(judge.shows, keeper.sums)):
-                break
-            if keeper.due():  # first, since a stop must not wait for an evaluation
-                keeper.keep(0, state, {})
-            look()
-        keeper.keep(0, state, {})  # writes nothing where that was done just now
-        saved = keeper.finish()  # before signals are what they were: one would end the process while the thread writes
-        if anywhere(stopping()):
-            raise KeyboardInterrupt
-        return saved
 
 
 def _attempts(redraw: Redraw | None, count: int) -> list[int]:
@@ -260,7 +267,7 @@ def _load(entries: Sequence[Entry], shapes: Callable[[Position], Shapes]) -> lis
         json.dumps([one and one[1:] for one in own]).encode()  # all but the leaves
     )
     return [
-        Saved(_leaves_from_leader(one, shapes(at := Position(*about[0]))), at, *about[1:]) if about else None
+        Saved(_leaves_from_leader(one, shapes(at := Position(*about[0]))), at, History(*about[1])) if about else None
         for one, about in zip(own, json.loads(abouts), strict=True)
     ]
 

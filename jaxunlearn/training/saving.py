@@ -7,7 +7,7 @@ leading process.
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,8 @@ import numpy as np
 from jaxunlearn.devices.processes import anywhere, leads, meet
 from jaxunlearn.devices.sharding import fetch
 from jaxunlearn.errors import one_line
-from jaxunlearn.training.checkpoints import Entry, Evaluated, Position, Saved, Sums, save_together
+from jaxunlearn.training.checkpoints import Entry, Saved, save_together
+from jaxunlearn.training.history import Evaluated, History, Position, Sums
 from jaxunlearn.training.loop import Timing
 from jaxunlearn.training.states import leaves_of, to_host
 
@@ -36,16 +37,13 @@ class Saving:
         every: float,
     ):
         self.position = before[0].position if before else Position(-passes, 0)  # where the running epoch was entered
-        self.diverged = [one.diverged for one in before] or [None] * len(entries)
-        self.sums: list[Sums] = [one.sums for one in before] or [{}] * len(entries)
-        self._evaluated: list[Evaluated] = [one.evaluated for one in before] or [{}] * len(entries)
+        here = jax.devices()[0].device_kind
+        known = [one.history for one in before] or [History()] * len(entries)
+        self.histories = [own._replace(devices=sorted({*own.devices, here})) for own in known]
         self.stopping: Callable[[], bool] = lambda: False
         self._entries, self._steps, self._timing, self._every = entries, steps, timing, every
-        self._seconds = [one.seconds for one in before] or [0.0] * len(entries)
-        self._prepared = [one.prepared for one in before] or [0.0] * len(entries)
-        here = jax.devices()[0].device_kind
-        self._devices = [sorted({*one.devices, here}) for one in before] or [[here]] * len(entries)
-        self._entered = self.sums
+        self._entered = [own.sums for own in self.histories]
+        self._seconds = [own.seconds for own in self.histories]  # up to where this began
         self._start = self._last = time.perf_counter()
         self._not_training = self._overhead()
         self._thread = ThreadPoolExecutor(1)
@@ -55,9 +53,10 @@ class Saving:
 
     def enter(self, position: Position) -> None:
         """Begins an epoch, or goes on within it."""
-        self.position, self._entered = position, self.sums
         if position == (0, 0):
-            self._prepared = self._spent()
+            known = zip(self.histories, self._spent(), strict=True)
+            self.histories = [own._replace(prepared=seconds) for own, seconds in known]
+        self.position, self._entered = position, [own.sums for own in self.histories]
 
     def due(self) -> bool:
         """Whether it is time to save: never before what was saved last is written."""
@@ -80,9 +79,8 @@ class Saving:
                 raise KeyboardInterrupt
 
     def _save(self, state: Any, position: Position) -> None:
-        spent, states = self._spent(), to_host(state, len(self._entries))
-        known = zip(spent, self.diverged, self.sums, self._prepared, self._evaluated, self._devices, strict=True)
-        self._saved = [Saved(leaves_of(one), position, *own) for one, own in zip(states, known, strict=True)]
+        known = zip(self.histories, self._spent(), to_host(state, len(self._entries)), strict=True)
+        self._saved = [Saved(leaves_of(one), position, own._replace(seconds=spent)) for own, spent, one in known]
         self._wait()
         if leads():
             self._writing = self._thread.submit(save_together, self._entries, self._saved)
@@ -95,37 +93,33 @@ class Saving:
 
     def note(self, metrics: dict[str, np.ndarray]) -> None:
         """Adds up the metrics since the running epoch was entered, and looks for the first loss that is not finite."""
-        if metrics:
-            each = [{name: values[i] for name, values in metrics.items()} for i in range(len(self._entries))]
-            pairs = zip(self._entered, each, strict=True)
-            self.sums = [_added(sums, own, self.position) for sums, own in pairs]
+        if not metrics:
+            return
+        each = [{name: values[i] for name, values in metrics.items()} for i in range(len(self._entries))]
+        known = zip(self.histories, self._entered, each, strict=True)
+        self.histories = [own._replace(sums=_added(sums, new, self.position)) for own, sums, new in known]
         first = self.position.epoch * self._steps + self.position.step
-        for i, losses in enumerate(metrics.get("loss", ())):
-            wild = np.flatnonzero(~np.isfinite(losses))
-            if self.diverged[i] is None and wild.size:
-                self.diverged[i] = first + int(wild[0])
+        wild = ~np.isfinite(metrics["loss"])
+        self._note_diverged(first + int(own.argmax()) if own.any() else None for own in wild)
 
     def note_weights(self, state: Any, step: int) -> None:
         """Looks for weights and statistics that are not finite after `step`, the last of an epoch: whatever is saved
         when, the same step is found."""
         finite = fetch(_finite((state.params, state.batch_stats)))
-        self.diverged = [
-            step if known is None and not fine else known for known, fine in zip(self.diverged, finite, strict=True)
-        ]
+        self._note_diverged(None if fine else step for fine in finite)
+
+    def _note_diverged(self, steps: Iterable[int | None]) -> None:
+        known = zip(self.histories, steps, strict=True)
+        self.histories = [own._replace(diverged=step) if own.diverged is None else own for own, step in known]
 
     def knows_worth(self, epoch: int) -> bool:
         """Whether it was noted what each model is worth after so many epochs."""
-        return all(epoch in known.get("epoch", ()) for known in self._evaluated)
+        return all(epoch in own.evaluated.get("epoch", ()) for own in self.histories)
 
     def note_worth(self, epoch: int, worth: Sequence[Mapping[str, float | None]]) -> None:
         """Adds what each model is worth after so many epochs: nothing can be said of one that has diverged."""
-        each = zip(self._evaluated, worth, self.diverged, strict=True)
-        self._evaluated = [
-            known
-            if epoch in known.get("epoch", ())
-            else {name: [*known.get(name, []), value] for name, value in _said(epoch, own, diverged).items()}
-            for known, own, diverged in each
-        ]
+        known = zip(self.histories, worth, strict=True)
+        self.histories = [own._replace(evaluated=_evaluated(own, epoch, new)) for own, new in known]
         self._submitted = None  # what was saved last does not know it
 
     def finish(self) -> list[Saved]:
@@ -150,8 +144,13 @@ class Saving:
         return sum(self._timing.get(name, 0.0) for name in ("compile_s", "checkpoint_s", "evaluate_s"))
 
 
-def _said(epoch: int, worth: Mapping[str, float | None], diverged: int | None) -> dict[str, Any]:
-    return {"epoch": epoch} | {name: value if diverged is None else None for name, value in worth.items()}
+def _evaluated(history: History, epoch: int, worth: Mapping[str, float | None]) -> Evaluated:
+    """What a history knows of the epochs up to this one, once each."""
+    known = history.evaluated
+    if epoch in known.get("epoch", ()):
+        return known
+    said = {"epoch": epoch} | {name: value if history.diverged is None else None for name, value in worth.items()}
+    return {name: [*known.get(name, []), value] for name, value in said.items()}
 
 
 def _added(sums: Sums, metrics: Mapping[str, np.ndarray], entered: Position) -> Sums:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ from jaxunlearn.errors import blamed
 from jaxunlearn.methods.rule import Context, Pass, UnlearningRule
 from jaxunlearn.models.network import Network
 from jaxunlearn.progress import Report
-from jaxunlearn.randomness import Stream, step_keys, stream_key
+from jaxunlearn.randomness import Stream, abstract_key, step_keys, stream_key
 from jaxunlearn.registry import Method, build_rule, names
 from jaxunlearn.training.checking import check_rule, same_form, traces
-from jaxunlearn.training.checkpoints import Position
+from jaxunlearn.training.history import Position
 from jaxunlearn.training.loop import Chunk, Compiled, EpochLoop, Keeper, Timing, batch_sizes, chunks
 from jaxunlearn.training.passes import Carry, Passing, carried
 
@@ -32,14 +33,15 @@ class Split(NamedTuple):
     forget: Any
 
 
-class CleanSet(NamedTuple):
+@dataclass(frozen=True)
+class CleanSet:
     """The batches a rule's `prepare` looks at: not augmented, in file order."""
 
     data: Images
     indices: jax.Array
     protocol: Protocol
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:
         size = self.protocol.batch_size
         for start in range(0, len(self.indices), size):
             yield clean_batch(self.data, self.indices[start : start + size], self.protocol)
@@ -165,7 +167,7 @@ class Unlearning:
 
     def abstract(self, position: Position) -> Carry:
         """Shapes and dtypes of one seed's state at a position: within a pass there is more."""
-        key = jax.eval_shape(jax.random.key, 0)
+        key = abstract_key()
         carry = jax.eval_shape(self._init, (*jax.eval_shape(self._initialise, key), key, self._numbers), None)
         if position.epoch >= 0 or position.step == 0:
             return carry
@@ -199,7 +201,7 @@ class Unlearning:
     def compile(self, num_seeds: int) -> None:
         """Compiles what passes and epochs of so many seeds run: see `Compiled.compile`. Not while it is used
         otherwise."""
-        keys = seed_shapes(jax.eval_shape(jax.random.key, 0), num_seeds, self.mesh)
+        keys = seed_shapes(abstract_key(), num_seeds, self.mesh)
         carry = seed_shapes(self.abstract(Position(0, 0)), num_seeds, self.mesh)
         for one in self._passes:
             one.compile(carry, keys, self._data)

@@ -6,15 +6,14 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
-STANDARD_LIBRARY = str(Path(random.__file__).parent)
-INSTALLED = ("/site-packages/", "/dist-packages/")
+from jaxunlearn.files import is_of_others
+
 MAKES_A_GENERATOR = abc.ABCMeta.__instancecheck__.__code__  # with `ISeedSequence`: NumPy looks at the seed
 
 
@@ -55,5 +54,4 @@ def _of_others(frame: FrameType | None) -> bool:
     """Whether who drew is no code of the user's: of an installed package, or made by one, as beartype's checks are."""
     while frame and frame.f_code.co_filename == random.__file__:
         frame = frame.f_back
-    file = frame.f_code.co_filename if frame else ""
-    return file.startswith((STANDARD_LIBRARY, "<@", "<frozen")) or any(part in file for part in INSTALLED)
+    return is_of_others(frame.f_code.co_filename if frame else "")

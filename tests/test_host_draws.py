@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.random import default_rng, normal
 
-from jaxunlearn.training.drawing import watched_draws
+from jaxunlearn.training.host_draws import watched_draws
 
 GENERATOR, LEGACY, PYTHON = np.random.default_rng(0), np.random.RandomState(0), random.Random(0)
 
