@@ -102,6 +102,8 @@ def _kind(x: Array, kernel: Array, stride: int, groups: int, reading: int) -> st
         return "depthwise"
     if features % 8 or (_few(x) and (reading != PLAIN or size == 1)):
         return None
+    if x.dtype == jnp.bfloat16 and not _few(x) and native.has_tiles():
+        return "tiles"
     if size == 1:
         return "pointwise"
     if size == 3 and stride == 1 and channels % 16 == features % 16 == 0 and x.dtype == jnp.float32:

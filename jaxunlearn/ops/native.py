@@ -40,6 +40,7 @@ KERNELS = (
     "winograd_backward",
     "convolution_kernel_gradient",
 )
+TILE_KERNELS = ("tiles_forward_bf16", "tiles_backward_bf16")  # of processors with AMX alone
 
 
 def usable(*arrays: Array) -> bool:
@@ -58,6 +59,14 @@ def takes(image: Array, *parameters: Array) -> bool:
     return alone and library() is not None
 
 
+def has_tiles() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in tiles, and this process may use them."""
+    return library() is not None and _has_tiles
+
+
+_has_tiles = False
+
+
 def call(
     kernel: str,
     *arrays: Array,
@@ -66,7 +75,7 @@ def call(
     into: dict[int, int] | None = None,
     **options: Any,
 ) -> Any:
-    """`like(*arrays)` by one of `KERNELS`, once `usable` has said yes.
+    """`like(*arrays)` by one of the kernels, once `usable` has said yes.
 
     Args:
       like: the same in JAX: gives the results' shapes, and the derivative.
@@ -119,7 +128,9 @@ def library() -> str | None:
         except OSError as error:
             print(printable(f"slower than it could be: {error}"), file=sys.stderr)
             return None
-    for kernel in KERNELS:
+    global _has_tiles
+    _has_tiles = hasattr(loaded, "tiles_allowed") and bool(loaded.tiles_allowed())
+    for kernel in (*KERNELS, *(TILE_KERNELS if _has_tiles else ())):
         jax.ffi.register_ffi_target(f"{name}_{kernel}", jax.ffi.pycapsule(getattr(loaded, kernel)), platform="cpu")
     return name
 

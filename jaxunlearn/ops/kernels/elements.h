@@ -146,10 +146,31 @@ inline V Kept(V value) {
   else return Widened<V>(Rounded(value));
 }
 
-// At most `count` numbers; for those behind, zeros are loaded and nothing is stored.
+// At most `count` bits of bfloat16; for those behind, zeros are loaded and nothing is stored.
+template <class V>
+inline Half<V> LoadHalves(const BFloat16* from, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (kLanesOf<V> == 16) return (Half<V>)_mm256_maskz_loadu_epi16((1u << std::min(count, 16)) - 1, from);
+#endif
+  Half<V> half = {};
+  std::memcpy(&half, from, std::min(count, kLanesOf<V>) * sizeof(*from));
+  return half;
+}
+
+template <class V>
+inline void StoreHalves(BFloat16* to, Half<V> half, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (kLanesOf<V> == 16)
+    return _mm256_mask_storeu_epi16(to, (1u << std::min(count, 16)) - 1, (__m256i)half);
+#endif
+  std::memcpy(to, &half, std::min(count, kLanesOf<V>) * sizeof(*to));
+}
+
+// At most `count` numbers, likewise.
 template <class V, class E>
 inline V LoadSome(const E* from, int count) {
   if (count >= kLanesOf<V>) return Load<V>(from);
+  if constexpr (std::is_same_v<E, BFloat16>) return Widened<V>(LoadHalves<V>(from, count));
 #ifdef __AVX512F__
   if constexpr (kLanesOf<V> == 16 && std::is_same_v<E, float>)
     return (V)_mm512_maskz_loadu_ps((1 << count) - 1, from);
@@ -162,6 +183,7 @@ inline V LoadSome(const E* from, int count) {
 template <class V, class E>
 inline void StoreSome(E* to, V value, int count) {
   if (count >= kLanesOf<V>) return Store(to, value);
+  if constexpr (std::is_same_v<E, BFloat16>) return StoreHalves<V>(to, Rounded(value), count);
 #ifdef __AVX512F__
   if constexpr (kLanesOf<V> == 16 && std::is_same_v<E, float>)
     return _mm512_mask_storeu_ps(to, (1 << count) - 1, (__m512)value);
