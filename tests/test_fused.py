@@ -1,6 +1,8 @@
 """Convolutions that read a normalised image and leave the moments of their result, against plain JAX."""
 
+import os
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ pytestmark = [
     pytest.mark.usefixtures("full_precision"),
     pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler"),
 ]
+
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 # batch, height, width, channels, features, kernel, stride, groups
 SHAPES = [
@@ -80,18 +84,49 @@ def test_values_and_gradients_are_those_of_the_layers_apart(shape, reading):
     assert_close(jax.jit(lambda *a: values_and_gradients(fused, *a, **of))(*arguments(*shape)), expected)
 
 
-@pytest.mark.parametrize("shape", [(4, 6, 6, 16, 32, 3, 1, 1), (4, 6, 6, 16, 32, 1, 1, 1), (4, 6, 6, 32, 32, 3, 1, 32)])
-def test_bfloat16_images_are_rounded_float32(shape):
+HALF_CASES = [(shape, "relu") for shape in SHAPES[1:]] + [
+    (shape, how)
+    for shape in (
+        (43, 4, 4, 48, 72, 3, 1, 1),  # blocks of several images, of which the last is not full
+        (131, 2, 2, 40, 24, 3, 2, 1),
+        (70, 7, 5, 8, 8, 3, 2, 1),
+        (200, 4, 4, 8, 8, 1, 1, 1),
+        (16, 16, 16, 16, 16, 3, 1, 1),
+        (9, 12, 12, 32, 24, 1, 1, 1),
+        (2, 9, 4, 16, 8, 7, 1, 1),
+    )
+    for how in (None, "relu")
+]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(("shape", "reading"), HALF_CASES, ids=str)
+def test_bfloat16_images_are_rounded_float32(shape, reading):
     """To the rounding of what is stored: inputs, the image read, the result; sums and parameters stay float32."""
     (x, *parameters), cotangents = arguments(*shape)
     x, cotangents = x.astype(jnp.bfloat16), (cotangents[0].astype(jnp.bfloat16), *cotangents[1:])
-    of = {"stride": 1, "groups": shape[-1], "reading": "relu"}
+    of = {"stride": shape[-2], "groups": shape[-1], "reading": reading}
     values, gradients = values_and_gradients(fused, (x, *parameters), cotangents, **of)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), ((x, *parameters), cotangents))
     assert values[0].dtype == gradients[0].dtype == jnp.bfloat16 and gradients[4].dtype == jnp.float32
     ours = jax.tree.map(lambda a: a.astype(jnp.float32), (values, gradients))
     # An element of a product of n terms is off by sqrt(n) roundings of one, of 2^-9 each, and is sqrt(n) of one.
     assert_close(ours, values_and_gradients(plain, *wide, **of), 4 * 2.0**-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("magnitude", [1, 1e2, 1e4])
+def test_the_variance_of_a_constant_is_no_less_than_zero(dtype, magnitude):
+    """Below it by more than BatchNorm's epsilon it would make NaN. Of rounding alone: some 2^-24 of the square."""
+    x = jnp.broadcast_to(magnitude * (1 + 0.07 * jnp.arange(16)), (16, 16, 16, 16)).astype(dtype)
+    y, _, var = convolve(x, random(1, 1, 16, 16), 1, 1)
+    assert (var >= 0).all() and (var <= 2.0**-18 * float(jnp.square(y.astype(jnp.float32)).max())).all()
+
+
+@pytest.mark.skipif("amx_bf16" not in CPU or "-march" in os.environ.get("CXX", ""), reason="needs tiles (AMX)")
+def test_the_processors_tiles_are_used():
+    program = jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, 1, 1))
+    assert "tiles_forward_bf16" in str(program(jnp.ones((1, 4, 4, 16), jnp.bfloat16), jnp.ones((3, 3, 16, 16))))
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -83,6 +83,8 @@ def convolve(image: Image, kernel: Array, stride: int, groups: int) -> Convolved
     kind = _kind(x, kernel, stride, groups, reading)
     if kind is None or not native.takes(x, kernel, *parameters):
         return None
+    if kind != "depthwise" and x.dtype == jnp.bfloat16 and not _few(x) and native.has_tiles():
+        kind = "tiles"
     # A network's images, of three channels: too few for a product in bfloat16.
     narrow = x.astype(kernel.dtype) if _few(x) else x
     y, mean, var = _convolve(narrow, *parameters, kernel, stride, groups, reading, kind)
@@ -102,8 +104,6 @@ def _kind(x: Array, kernel: Array, stride: int, groups: int, reading: int) -> st
         return "depthwise"
     if features % 8 or (_few(x) and (reading != PLAIN or size == 1)):
         return None
-    if x.dtype == jnp.bfloat16 and not _few(x) and native.has_tiles():
-        return "tiles"
     if size == 1:
         return "pointwise"
     if size == 3 and stride == 1 and channels % 16 == features % 16 == 0 and x.dtype == jnp.float32:

@@ -59,6 +59,14 @@ using Bits = typename Integers<V>::Bits;
 template <class V>
 using Half = typename Integers<V>::Half;
 
+using Bits16 = Bits<Vec16>;
+using Half16 = Half<Vec16>;
+
+// Two bfloat16 to a word.
+inline Bits16 Pair(Half16 low, Half16 high) {
+  return __builtin_convertvector(low, Bits16) | __builtin_convertvector(high, Bits16) << 16;
+}
+
 inline float ToFloat(float value) { return value; }
 
 inline float ToFloat(BFloat16 value) {
@@ -146,7 +154,7 @@ inline V Kept(V value) {
   else return Widened<V>(Rounded(value));
 }
 
-// At most `count` bits of bfloat16; for those behind, zeros are loaded and nothing is stored.
+// The bits of at most `count` bfloat16; for those behind, zeros are loaded and nothing is stored.
 template <class V>
 inline Half<V> LoadHalves(const BFloat16* from, int count) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)

@@ -1,4 +1,4 @@
-// A block of images laid out as one line of pixels in a thread's scratch, so that a convolution is a product of matrices.
+// A block of images laid out as one line of pixels in a thread's scratch: a convolution is a product of matrices there.
 //
 // Pixels whose coordinates leave the same remainder by the stride form a plane. In each, rows follow one another with
 // zeros between them that serve as the right margin of one and the left of the next, and so do images. A tap of the
@@ -18,13 +18,14 @@ struct Extent {
   size_t image() const { return (size_t)height * width * channels; }
 };
 
-// Taps of one row of the kernel that lie side by side in a plane: `count` of them from `column` on, each `stride` behind
-// the one before; read from `offset` pixels behind the result's.
+// Taps of one row of the kernel that lie side by side in a plane: `count` of them from `column` on, each `stride`
+// behind the one before; read from `offset` pixels behind the result's.
 struct Run {
   int row, column, count, plane;
   int64_t offset;
 };
 
+// The lines of a convolution's input (one a plane), its result and their gradients, which all have the same length.
 struct Flat {
   int batch, size, stride, pad, together;  // together: images of a block
   Extent in, out;
@@ -37,11 +38,10 @@ struct Flat {
         width((in.width - 1 + pad) / stride + 1), reach((size - 1) / stride * (width + 1)) {
     size_t bytes = sizeof(BFloat16) * height * width * std::max(planes() * in.channels, out.channels);
     int most = std::clamp<int>(kBlock / bytes, 1, std::max(1, batch / 8));
-    // As many as fill their strips best.
-    auto filled = [&] { return (double)together * height * width / line(); };
-    double best = 0;
+    // As many as leave the fewest strips in all: 512 channels of 2x2 images, forward, 3.4 ms; eight together, 4.8.
+    int64_t best = INT64_MAX;
     for (int count = together = most; count > 0; count--)
-      if (together = count; filled() > best) best = filled(), most = count;
+      if (together = count; (int64_t)blocks() * line() < best) best = (int64_t)blocks() * line(), most = count;
     together = most;
   }
 
@@ -51,6 +51,8 @@ struct Flat {
   // Pixels of a plane that are computed, in whole strips, and those that are in memory.
   int line() const { return (together * height * width + kStrip - 1) / kStrip * kStrip; }
   int kept() const { return line() + reach + 32; }
+  // Whether no zeros lie among the pixels: as for 1x1 kernels.
+  bool dense() const { return stride == 1 && pad == 0; }
   double pixels() const { return (double)batch * out.height * out.width; }
 
   // What a pixel of the result is the sum of.
@@ -62,8 +64,8 @@ struct Flat {
     return runs;
   }
 
-  // What a pixel of a plane of the input's gradient is the sum of, in the gradient of the result. A run's taps lie there
-  // in reverse.
+  // What a pixel of a plane of the input's gradient is the sum of, in the gradient of the result. A run's taps lie
+  // there in reverse.
   std::vector<Run> Backward(int plane) const {
     std::vector<Run> runs;
     int column = plane % stride, count = (size - column + stride - 1) / stride;
@@ -89,6 +91,11 @@ struct Flat {
 
   template <class F>
   void Rows(int begin, int end, int images, int apart, int top, int left, const Extent& of, F visit) const {
+    if (dense()) {
+      end = std::min(end, images * height * width);
+      if (begin < end) visit(begin, end - begin, (size_t)begin);
+      return;
+    }
     int low = (apart - 1 - left) / apart, high = std::min(width, (of.width - left + apart - 1) / apart);
     for (int row = begin / width; row < std::min(images * height, (end + width - 1) / width); row++) {
       int image = row / height, y = row % height * apart + top;
@@ -99,10 +106,16 @@ struct Flat {
   }
 };
 
+// Zeros, of which pixels will be written over.
+inline void Clear(const Flat& flat, int images, BFloat16* to, size_t pixels, int channels) {
+  size_t first = flat.dense() ? (size_t)images * flat.height * flat.width : 0;
+  std::memset(to + first * channels, 0, sizeof(*to) * (pixels - first) * channels);
+}
+
 // Lays out a block's input, read: planes one behind the other.
 void ArrangeInput(const Flat& flat, int images, const Reading& read, const BFloat16* x, BFloat16* z) {
   int channels = flat.in.channels;
-  std::memset(z, 0, sizeof(*z) * flat.planes() * flat.kept() * channels);
+  Clear(flat, images, z, flat.planes() * flat.kept(), channels);
   for (int plane = 0; plane < flat.planes(); plane++, z += (size_t)flat.kept() * channels)
     flat.Inputs(plane, 0, flat.line(), images, [&](int at, int count, size_t pixel) {
       ForChannels<Vec16>(channels, [&](int c, auto lanes) {
@@ -119,7 +132,7 @@ void ArrangeInput(const Flat& flat, int images, const Reading& read, const BFloa
 void ArrangeGradient(const Flat& flat, int images, const OutputGradient& gradient, const BFloat16* y,
                      const BFloat16* gy, BFloat16* g) {
   int features = flat.out.channels;
-  std::memset(g, 0, sizeof(*g) * (flat.reach + flat.kept()) * features);
+  Clear(flat, images, g, flat.reach + flat.kept(), features);
   g += (size_t)flat.reach * features;
   flat.Results(0, flat.line(), images, [&](int at, int count, size_t pixel) {
     ForChannels<Vec16>(features, [&](int f, auto lanes) {

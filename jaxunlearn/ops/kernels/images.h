@@ -90,6 +90,14 @@ class OutputGradient {
   std::vector<float> parameters_;
 };
 
+// Makes of sums of `count` numbers' deviations from `shift`, and of their squares, the mean and the squared deviations
+// from that. Of equal numbers these are rounding alone, which may be below zero; NaN stays NaN.
+inline void Centre(float shift, float count, float& total, float& squares) {
+  squares -= total * total / count;
+  if (squares < 0) squares = 0;
+  total = shift + total / count;
+}
+
 // Mean and variance of all pixels from those of parts (Chan, Golub & LeVeque). Part k is of pixels(k) pixels: their
 // mean lies at moments + 2 * k * size, and `size` behind it the sum of squared deviations from that.
 template <class Pixels>

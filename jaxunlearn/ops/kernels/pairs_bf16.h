@@ -13,8 +13,6 @@ namespace {
 constexpr int kImages = 8;
 
 typedef uint32_t Eight __attribute__((vector_size(32)));  // a pair of channels of every image
-using Bits16 = Bits<Vec16>;
-using Half16 = Half<Vec16>;
 
 // sum + a * b for pairs of bfloat16.
 inline Vec16 Dot(Vec16 sum, Bits16 a, Bits16 b) {
@@ -27,10 +25,6 @@ inline Vec16 Dot(Vec16 sum, Bits16 a, Bits16 b) {
 }
 
 inline Bits16 Broadcast(uint32_t pair) { return pair - Bits16{}; }
-
-inline Bits16 Pair(Half16 low, Half16 high) {
-  return __builtin_convertvector(low, Bits16) | __builtin_convertvector(high, Bits16) << 16;
-}
 
 // What a convolution reads or writes: of one image, or of a block of eight in scratch.
 struct Images {

@@ -75,7 +75,7 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, ArrayO
           if (p == 0) {
             Wide begin = {};
             for (int m = 0; m < M; m++) begin += sum[m][n];
-            Store(shifts + f, begin / (float)M);
+            Store(shifts + f, Kept<E>(begin / (float)M));
           }
           Wide shift = Load<Wide>(shifts + f), total = Load<Wide>(totals + f), square = Load<Wide>(squares + f);
 #pragma GCC unroll 12
@@ -89,10 +89,7 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, ArrayO
           Store(squares + f, square);
         }
       });
-      for (int f = 0; f < size; f++) {
-        squares[f] -= totals[f] * totals[f] / rows;
-        totals[f] = shifts[f] + totals[f] / rows;
-      }
+      for (int f = 0; f < size; f++) Centre(shifts[f], rows, totals[f], squares[f]);
     }
   });
   MergeMoments(s.strips, [&](int i) { return s.count(i); }, moments.data(), size, features, ymean->typed_data(),
