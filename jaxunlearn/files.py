@@ -3,11 +3,12 @@ whose code a file holds."""
 
 import errno
 import os
+import resource
 import secrets
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -15,6 +16,9 @@ from filelock import BaseFileLock, FileLock, Timeout
 from jaxunlearn.errors import UserError, WriteError, one_line
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say that have none
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
+# What says nothing of a file: read again it may be whole.
+PASSING = (*TOO_MANY, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EINTR)
 STANDARD_LIBRARY = str(Path(os.__file__).parent)
 INSTALLED = ("/site-packages/", "/dist-packages/")
 AGAIN = "put that right and run the same command, which goes on from here"
@@ -76,10 +80,28 @@ def acquire(lock: BaseFileLock, seconds: float, remedy: str) -> bool:
     except Timeout:
         return False
     except OSError as error:
+        if error.errno in TOO_MANY:
+            raise UserError("too many open files: raise `ulimit -n`, or take fewer seeds or methods at once") from None
         without = error.errno in WITHOUT_LOCKS
         what = "is on a file system without locks" if without else f"cannot be locked ({os.strerror(error.errno or 0)})"
         raise UserError(f"{folder} {what}: {remedy}") from None
     return True
+
+
+def open_many_files() -> None:
+    """Lets this process have as many files open as the system allows any."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # where there is no limit, some systems take none
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made of, says nothing of the file that could not be read."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_writable(folder: Path) -> None:

@@ -12,12 +12,12 @@ from test_bench import BENCH, TINY
 
 from jaxunlearn import benchmarks
 from jaxunlearn.audit import collecting
-from jaxunlearn.audit.auditing import attack_all
-from jaxunlearn.audit.collecting import SETS, find
+from jaxunlearn.audit.auditing import attack_all, audits
+from jaxunlearn.audit.collecting import SETS, find, load_originals
 from jaxunlearn.audit.keeping import read_audit, write_audit
 from jaxunlearn.commands.main import main
 from jaxunlearn.errors import UserError
-from jaxunlearn.registry import Method
+from jaxunlearn.registry import Method, get_method
 from jaxunlearn.results import records
 from jaxunlearn.runs.request import Request
 
@@ -95,8 +95,13 @@ def test_it_makes_what_is_missing_and_takes_what_is_there(audit, folder):
     assert find(request, mask._replace(source="of another file"), 0) is None
     other = dataclasses.replace(request, protocol=dataclasses.replace(request.protocol, unlearn_lr=0.5))
     assert find(other, mask, 0) is None
+    with pytest.raises(UserError, match=r"output_mask/seed1.json or what its model says is being written"):
+        list(audits(request))
     _, _, _, runs = audit("--json")
     assert runs == [([1, 3], ["retrain", "output_mask"])]
+    (models / "retrain" / "seed1.npz").unlink()  # alone it would have no other to be compared with, as before
+    status, _, err, runs = audit("--json")
+    assert (status, err, runs) == (0, "", [([1, 0], ["retrain"])])
     (models / "pretrained" / "seed2.npz").unlink()
     (models / "retrain" / "seed0.npz").write_bytes(b"PK")
     assert [bool(find(request, retrain, seed)) for seed in range(4)] == [False, True, False, True]
@@ -120,8 +125,20 @@ def test_originals_of_other_images_are_not_those_of_a_retrained_model(tmp_path):
     originals.parent.mkdir(parents=True)
     np.savez(originals, digest=record["dataset"]["digest"])
     assert find(request, retrain, 0)
+    assert load_originals(request, [record]).seeds == []  # it has failed, and says nothing
     np.savez(originals, digest="of other images")
     assert find(request, retrain, 0) is None
+
+
+def test_a_model_that_learned_nothing_in_fewer_attempts_is_drawn_again(tmp_path):
+    bench, scrub = "resnet20-digits-class0", get_method("scrub")
+    request = Request(bench, benchmarks.get_benchmark(bench), [scrub], [0], tmp_path, tmp_path)
+    known = {"hyperparameters": scrub.hyperparameters, "protocol": dataclasses.asdict(request.protocol)}
+    known |= {"rule_digest": scrub.source or None, "status": "untrained", "untrained_in": "pretrain"}
+    for tries, taken in ((1, False), (request.attempts, True)):
+        record = example_record(bench=bench, method="scrub", seed=0, **known, attempts={"pretrain": tries})
+        assert records.write(request.record_path(scrub, 0), record, force=True)
+        assert bool(find(request, scrub, 0)) is taken
 
 
 @pytest.mark.usefixtures("tiny_models")

@@ -4,7 +4,10 @@ import dataclasses
 import errno
 import fcntl
 import os
+import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -325,3 +328,47 @@ def test_what_a_gpu_computed_in_tf32_is_not_taken_for_fp32(tmp_path, monkeypatch
         with pytest.warns(UserWarning, match="it was computed in TF32"):
             assert load_together([one], abstract) == [None]
         assert list(one.folder.glob("epoch0003.damaged-*"))
+
+
+MANY_LOCKS = """
+import resource, sys
+from pathlib import Path
+from jaxunlearn.errors import UserError
+from jaxunlearn.training.checkpoints import Entry, locked
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+try:
+    with locked([Entry(Path(sys.argv[1], "pretrained", str(i)), {}) for i in range(100)]):
+        print("locked")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("most", "said"),
+    [
+        (resource.getrlimit(resource.RLIMIT_NOFILE)[1], "locked"),
+        (64, "too many open files: raise `ulimit -n`, or take fewer seeds or methods at once"),
+    ],
+)
+def test_a_lock_is_an_open_file_as_many_as_the_system_allows(tmp_path, most, said):
+    command = [sys.executable, "-c", MANY_LOCKS, str(tmp_path), str(most)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == said
+
+
+def test_an_error_that_passes_says_nothing_of_a_checkpoint(tmp_path, monkeypatch):
+    save_together([entry(tmp_path)], [saved(3)])
+
+    def fails(*arguments):
+        raise ValueError("of its own kind") from OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="of its own kind"):
+        patch.setattr(Checkpointer, "restore", fails)
+        load_together([entry(tmp_path)], abstract)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="stale"):
+        patch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "stale")))
+        load_together([entry(tmp_path)], abstract)
+    (found,) = load_together([entry(tmp_path)], abstract)
+    assert_same(found, saved(3))

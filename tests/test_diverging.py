@@ -72,6 +72,7 @@ def test_where_pretraining_diverges_nothing_is_unlearned(tmp_path, monkeypatch):
     (record,) = results(request_of(tmp_path, protocol=protocol))
     assert record["status"] == "diverged" and record["diverged_at"]["phase"] == "pretrain"
     assert 0 < record["diverged_at"]["step"] < 5
+    assert record["unlearn_steps"] == 0 and set(record["throughput"].values()) == {None}  # of epochs that never were
     monkeypatch.setattr(Pretraining, "epoch", lambda *_: pytest.fail("pretrained again"))
     (again,) = results(request_of(tmp_path, protocol=protocol))
     assert again["diverged_at"] == record["diverged_at"]

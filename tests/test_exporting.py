@@ -48,6 +48,13 @@ def test_weights_are_written_beside_a_record_that_is_kept(tmp_path):
     )
     lost = record.with_suffix(".npz")
     assert warning == f"{record} holds a better record, kept, and {lost} was not written; --force replaces it"
+    (file,) = folder.rglob("*.safetensors")
+    file.write_bytes(b"of the record that is kept")
+    ((_, warning),) = running.results(prepare(run.request, QUIET))
+    assert file.read_bytes() == b"of the record that is kept"
+    assert (
+        warning == f"{record} holds a better record, kept, and {lost} and {file} was not written; --force replaces it"
+    )
 
 
 def test_exported_weights_give_the_model_that_was_exported(tmp_path, monkeypatch):

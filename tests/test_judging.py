@@ -12,11 +12,13 @@ import pytest
 from test_runs import BENCH, DIGITS, numbers, request_of, results, stop_after, tiny_bench
 from tiny import assert_close
 
+from jaxunlearn.audit import collecting
 from jaxunlearn.data.datasets import load
 from jaxunlearn.errors import UserError
 from jaxunlearn.evaluation.metrics import METRICS
 from jaxunlearn.progress import Reporter
 from jaxunlearn.randomness import seed_keys
+from jaxunlearn.registry import get_method
 from jaxunlearn.results.rows import summarize
 from jaxunlearn.results.tables import print_results
 from jaxunlearn.runs import preparation, running
@@ -134,6 +136,26 @@ def test_a_retrained_model_is_itself_whatever_became_of_the_original(tmp_path, d
     (found,) = results(request_of(tmp_path, method="retrain", seeds=(1,), attempts=1, protocol=LONGER))
     assert (found["status"], found["untrained_in"], found["diverged_at"]) == ("ok", None, None)
     assert found["before"]["retain_acc"] == pytest.approx(1 / 9, abs=0.03) and found["retain_acc"] > 0.2
+    assert found["throughput"]["pretrain_images_per_s"] is None and found["throughput"]["unlearn_steps_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_an_audit_leaves_out_an_original_that_learned_nothing(tmp_path, dying):
+    dying(("pretrain", 1, 0))
+    request = request_of(tmp_path, method="retrain", seeds=(1, 2), attempts=1, protocol=LONGER)
+    request = dataclasses.replace(request, methods=[*request.methods, get_method("output_mask")])
+    assert list(collecting.collect(request, 2, Reporter(quiet=True))) == [
+        f"{request.record_path(request.methods[1], 1).with_suffix('.npz')} was not written: the model is untrained"
+    ]
+    reference, retrained = collecting.load(request, request.methods[0])
+    assert retrained.seeds == [1, 2] and collecting.load_originals(request, reference).seeds == [2]
+    assert collecting.load(request, request.methods[1])[1].seeds == [2]
+    # A failed attempt takes nothing from a model that a run of more attempts has left.
+    request = dataclasses.replace(request, keep_predictions=True, attempts=2)
+    list(running.results(prepare(request, Reporter(quiet=True))))
+    assert collecting.load_originals(request, reference).seeds == [1, 2]
+    list(running.results(prepare(dataclasses.replace(request, attempts=1), Reporter(quiet=True))))
+    assert collecting.load_originals(request, reference).seeds == [1, 2]
 
 
 @pytest.mark.slow

@@ -146,6 +146,13 @@ def test_what_is_no_record_of_speed(tmp_path, record):
     assert found.speeds == [] and len(found.refused) == 1 and "cannot read the record of speed" in found.refused[0]
 
 
+def test_an_audit_of_a_rule_whose_name_begins_like_a_run_is_one(tmp_path):
+    record = json.loads((ROOT / "results/audit/resnet20-digits-class0/scrub-N32.json").read_text())
+    put(tmp_path / "audit" / "resnet20-digits-class0" / "seed_noise-N32.json", record | {"method": "seed_noise"})
+    found = gathering.gather([tmp_path])
+    assert [one["method"] for one in found.audits] == ["seed_noise"] and found.refused == []
+
+
 def test_folders_above_and_rules_names_make_no_speed_of_a_run(tmp_path):
     record = example_record()
     put(tmp_path / "speed" / "runs" / "resnet20" / "scrub" / "seed0.json", record)

@@ -64,6 +64,15 @@ def study_in(folder, settings=None, seeds=(42,)):
     return study_of(request, request.methods[0], 3, settings or {}, {})
 
 
+def test_what_had_no_model_to_compare_with_is_tried_again(tmp_path):
+    study = study_in(tmp_path)
+    first, second, third = study.wanted
+    save(with_trial(with_trial(study, [record(None, hyperparameters=first)]), [record(hyperparameters=second)]))
+    again = resumed(study, force=False)
+    assert [one.hyperparameters for one in again.pending] == [first, third]
+    assert with_trial(again, [record(0.05, hyperparameters=first)]).content["best"] == 0
+
+
 def test_trials_of_another_process_are_kept(tmp_path, monkeypatch):
     study, (first, second, third) = study_in(tmp_path), study_in(tmp_path).wanted
 

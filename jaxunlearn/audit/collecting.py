@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxunlearn.audit.margins import retained_margin, true_class_margin
 from jaxunlearn.errors import UserError, one_line
+from jaxunlearn.evaluation.predictions import has_predictions
 from jaxunlearn.progress import Reporter
 from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.results import records
@@ -66,6 +67,9 @@ def collect(request: Request, together: int, reporter: Reporter) -> Iterator[str
             )
     for first in range(0, len(to_do), together):
         seeds = to_do[first : first + together]
+        if len(seeds) == 1 and _was_compared(request.record_path(request.methods[0], seeds[0])):
+            # Alone it would have no other retrained model to be compared with, and the record would be kept for that.
+            seeds += [seed for seed in request.seeds if seed not in seeds][:1]
         # Always with `retrain`, which the others are compared with: a record without that replaces none with it.
         wanted = {RETRAIN, *(method.name for seed in seeds for method in missing(seed))}
         chosen = [method for method in request.methods if method.name in wanted]
@@ -93,7 +97,8 @@ def find(request: Request, method: Method, seed: int) -> dict[str, Any] | None:
     if [record["protocol"], record["hyperparameters"]] != settings or record["rule_digest"] != (method.source or None):
         return None
     if record["status"] != "ok":
-        return record
+        tries = record["attempts"].get(record["untrained_in"])  # of one that diverged, None
+        return None if tries and tries < request.attempts else record
     known = [(path.with_suffix(".npz"), "finished_at", record["finished_at"])]
     if method.name == RETRAIN:  # a run on other images writes originals even where it has to keep the record
         known.append((request.originals_path(seed), "digest", record["dataset"]["digest"]))
@@ -119,26 +124,45 @@ def _knows_more(path: Path) -> bool:
     return in_full or record["curves"]["evaluated"] is not None
 
 
+def _was_compared(path: Path) -> bool:
+    """Whether there is a record of a model beside which there was a retrained one."""
+    try:
+        companions = records.read(path)["companions"]
+    except UserError:
+        return False
+    return companions is not None and companions["against_retrain"] is not None
+
+
 def load(request: Request, method: Method) -> tuple[list[Record], Models]:
     """The records of a method, and what its models say but for those that failed, whose seeds are left out.
 
     Raises:
-      UserError: a file cannot be read.
+      UserError: a file cannot be read, or is not there any more.
     """
-    found = [(seed, find(request, method, seed)) for seed in request.seeds]
-    made = {seed: record for seed, record in found if record}
+    made: dict[int, Record] = {}
+    for seed in request.seeds:
+        found = find(request, method, seed)
+        if found is None:
+            path = request.record_path(method, seed)
+            raise UserError(f"{path} or what its model says is being written by another run: run the command again")
+        made[seed] = found
     sound = {seed: record for seed, record in made.items() if record["status"] == "ok"}
     files = [request.record_path(method, seed).with_suffix(".npz") for seed in sound]
     return list(made.values()), _models(files, sound, request.protocol.forget_class)
 
 
 def load_originals(request: Request, retrained: Sequence[Record]) -> Models:
-    """What the pretrained models say, of those seeds whose retrained models did not fail.
+    """What the pretrained models say, of those seeds of which neither they nor the retrained models failed.
 
     Raises:
       UserError: a file cannot be read.
     """
-    before = {record["seed"]: record["before"] for record in retrained if record["status"] == "ok"}
+    before = {
+        record["seed"]: record["before"]
+        for record in retrained
+        if record["status"] == "ok"
+        and has_predictions(request.originals_path(record["seed"]), record["dataset"]["digest"])
+    }
     return _models([request.originals_path(seed) for seed in before], before, request.protocol.forget_class)
 
 

@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import zipfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -42,13 +44,13 @@ class Predictions(NamedTuple):
         return all((np.isfinite(x) | (np.isneginf(x) & ruled_out)).all() for x in self.logits)
 
 
-def packed(predictions: Predictions, labels: Sets, **about: str) -> bytes:
+def packed(predictions: Predictions | None, labels: Sets, **about: str) -> bytes:
     """Predictions as an .npz: of each set log-probabilities f16[N, classes], and `<set>_labels` i32[N].
 
-    `about` are texts to keep beside them.
+    `about` are texts to keep beside them. Without predictions, of a model that has failed, nothing else but the labels.
     """
     arrays: dict[str, Any] = {}
-    for name, logits in predictions.logits._asdict().items():
+    for name, logits in predictions.logits._asdict().items() if predictions else ():
         log_p = log_probabilities(logits)
         # Below the least finite float16 a probability is nothing; minus infinity stays.
         arrays[name] = np.where(np.isneginf(log_p), log_p, np.maximum(log_p, -65504)).astype(np.float16)
@@ -56,6 +58,15 @@ def packed(predictions: Predictions, labels: Sets, **about: str) -> bytes:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays, **beside)
     return content.getvalue()
+
+
+def has_predictions(file: Path, digest: str) -> bool:
+    """Whether a file of `packed`, beside which this digest was kept, says more than that the model failed."""
+    try:
+        with np.load(file) as said:
+            return str(said["digest"]) == digest and Sets._fields[0] in said
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return False
 
 
 class Evaluator:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ def _below(place: Path, folder: str, pattern: str, refused: list[str]) -> Iterat
     own = place.resolve().name
     for path in gathering.files(place, pattern, refused):
         folders = own, *path.relative_to(place).parts[:-1]
-        if folder in folders and not path.name.startswith("seed"):  # those are runs, of a rule of that name
+        if folder in folders and not fnmatch(path.name, gathering.NAMES):  # those are runs, of a rule of that name
             yield path
 
 

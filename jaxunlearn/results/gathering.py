@@ -12,7 +12,7 @@ from jaxunlearn.errors import UserError, printable
 from jaxunlearn.registry import ships
 from jaxunlearn.results import records
 
-NAMES = "seed*.json"  # of records in folders; what is named itself may have any name
+NAMES = "seed[0-9]*.json"  # of records in folders; what is named itself may have any name
 # What the same run has in common with itself, whatever it was written by.
 RUN = ("bench", "method", "seed", "unlearn_seed", "protocol", "hyperparameters")
 
@@ -24,7 +24,7 @@ def gather(places: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def found(places: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
-    """The records of all files, and of all folders' `seed*.json`, in the order of their paths.
+    """The records of all files, and of all folders' `seed<k>*.json`, in the order of their paths.
 
     Returns:
       Where each lies, and records of this version, each run once, the first that is found or one that knows more; and a

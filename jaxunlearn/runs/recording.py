@@ -52,6 +52,8 @@ def make_record(
     attempts = {"pretrain": pretrained.attempts}
     attempts |= {RETRAIN: unlearned.attempts} if alone else {}
     marks = flags(before, result, retrained, *run.evaluator.counts)
+    if untrained_in or not (alone or pretrained.sound):
+        steps = 0  # there was nothing to begin with
     seconds = {
         "data_s": common["data_s"],
         "compile_s": common.get("compile_s", 0.0) + timing.get("compile_s", 0.0),
@@ -64,8 +66,8 @@ def make_record(
     }
     trained_on = {"pretrain": list(pretrained.devices), "unlearn": list(unlearned.devices)}
     throughput = {
-        "pretrain_images_per_s": images / pretrain_s if pretrain_s and untrained_in != "pretrain" else None,
-        "unlearn_steps_per_s": steps / unlearn_s if steps and unlearn_s and not untrained_in else None,
+        "pretrain_images_per_s": images / pretrain_s if pretrain_s and pretrained.sound else None,
+        "unlearn_steps_per_s": steps / unlearn_s if steps and unlearn_s and unlearned.sound else None,
     }
     return {
         "schema": VERSION,
@@ -84,7 +86,7 @@ def make_record(
         },
         "scored": "last",
         "flags": dict.fromkeys(marks) | {"collapsed": False} if untrained_in else marks,
-        "unlearn_steps": 0 if untrained_in else steps,
+        "unlearn_steps": steps,
         "protocol": dataclasses.asdict(request.protocol),
         "hyperparameters": method.hyperparameters,
         "rule_digest": method.source or None,

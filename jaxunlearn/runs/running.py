@@ -15,7 +15,7 @@ from jaxunlearn.devices.configuration import computing, programs_kept
 from jaxunlearn.devices.processes import leads, meet
 from jaxunlearn.devices.sharding import fetch, make_mesh, place_seeds
 from jaxunlearn.evaluation.normalisations import LOW, better_normalisation
-from jaxunlearn.evaluation.predictions import packed
+from jaxunlearn.evaluation.predictions import has_predictions, packed
 from jaxunlearn.files import AGAIN, write_atomically, writing
 from jaxunlearn.models.torch_weights import to_state_dict
 from jaxunlearn.models.weight_files import write_safetensors
@@ -134,9 +134,10 @@ def _keep(run: Prepared, method: Method, index: int, record: dict[str, Any], ask
         if kept and fine and stored:  # it says of which record it is: one that replaces that may be written without
             said = packed(asked.predictions[index], run.evaluator.labels, finished_at=record["finished_at"])
             write_atomically(kept, said)
-        if weights and fine:
+        exported = fine and weights is not None and (stored or not weights.exists())  # beside the record that it is of
+        if weights and exported:
             write_safetensors(weights, to_state_dict(own))
-    missing = [str(file) for file, written in ((kept, fine and stored), (weights, fine)) if file and not written]
+    missing = [str(file) for file, written in ((kept, fine and stored), (weights, exported)) if file and not written]
     lost = f"{' and '.join(missing)} was not written"
     if not stored:
         return f"{path} holds a better record, kept{f', and {lost}' if missing else ''}; --force replaces it"
@@ -185,14 +186,16 @@ def _teller(run: Prepared, names: Sequence[Path], phase: str) -> Told:
 
 
 def _keep_originals(run: Prepared, originals: Asked) -> None:
-    """Writes what the pretrained models say, if asked to, but for those that diverged or learned nothing."""
+    """Writes what the pretrained models say, if asked to; of one that diverged or learned nothing, that it failed."""
     if not (run.request.keep_predictions and leads()):
         return
     with writing(f"the results of {PRETRAINED}", AGAIN):
         for i, seed in enumerate(run.request.seeds):
-            if originals.models.outcomes[i].sound and originals.results[i]["retain_acc"] is not None:
-                said = packed(originals.predictions[i], run.evaluator.labels, digest=run.digest)
-                write_atomically(run.request.originals_path(seed), said)
+            sound = originals.models.outcomes[i].sound and originals.results[i]["retain_acc"] is not None
+            predictions = originals.predictions[i] if sound else None
+            path = run.request.originals_path(seed)
+            if sound or not has_predictions(path, run.digest):  # those of more attempts stay
+                write_atomically(path, packed(predictions, run.evaluator.labels, digest=run.digest))
 
 
 def _train_or_load(run: Prepared, without: int | None, reporter: Reporter) -> Models:

@@ -7,6 +7,7 @@ checkpoint appears whole or not at all, and is used only if its content has the 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -22,7 +23,7 @@ from orbax import checkpoint as orbax
 from jaxunlearn.benchmarks import PRETRAIN_FIELDS, Protocol
 from jaxunlearn.devices.processes import anywhere, leads
 from jaxunlearn.errors import one_line
-from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock, set_aside
+from jaxunlearn.files import LOCK_REMEDY, acquire, make_lock, open_many_files, passes, set_aside
 from jaxunlearn.registry import Method
 from jaxunlearn.training.history import History, Position, Sums
 
@@ -50,7 +51,11 @@ class Entry(NamedTuple):
     @property
     def positions(self) -> set[Position]:
         """Of all its checkpoints."""
-        names = (re.fullmatch(r"epoch(-?\d{3,})(?:-step(\d{6,}))?", path.name) for path in self.folder.glob("epoch*"))
+        try:
+            there = os.listdir(self.folder)
+        except FileNotFoundError:  # of a folder that cannot be listed nothing is known: `glob` says that it is empty
+            there = []
+        names = (re.fullmatch(r"epoch(-?\d{3,})(?:-step(\d{6,}))?", name) for name in there)
         return {Position(int(name[1]), int(name[2] or 0)) for name in names if name}
 
     def path(self, position: Position) -> Path:
@@ -118,6 +123,7 @@ def locked(entries: Sequence[Entry]) -> Iterator[None]:
     The leading process does it for its whole run. Raises UserError where the cache is on a file system without locks.
     """
     with ExitStack() as stack:
+        open_many_files()  # a lock is one, for as long as it is held
         # In the same order everywhere, or two runs could wait for each other.
         for folder in sorted(entry.folder for entry in entries):
             lock = make_lock(folder.parent.parent / "locks" / f"{folder.name}.lock")
@@ -215,6 +221,8 @@ def load(entry: Entry, position: Position, abstract: Shapes) -> Saved | None:
     except (MemoryError, PermissionError):
         raise  # nothing is wrong with the checkpoint
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+        if passes(error):
+            raise
         aside = set_aside(path)
         warnings.warn(f"checkpoint {path} cannot be used ({one_line(error)}): moved to {aside.name}", stacklevel=2)
         return None

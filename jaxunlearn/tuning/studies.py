@@ -31,8 +31,12 @@ class Study(NamedTuple):
 
     @property
     def pending(self) -> list[Method]:
-        """The variants of the method that are still to be tried."""
-        done = [trial["hyperparameters"] for trial in self.content["trials"]]
+        """The variants of the method that are still to be tried, or again: no seed of theirs had models to compare."""
+        done = [
+            trial["hyperparameters"]
+            for trial in self.content["trials"]
+            if trial["counted"] > 0 or trial["status"] == "diverged"
+        ]
         return [self.method._replace(hyperparameters=one) for one in self.wanted if _plain(one) not in done]
 
 
