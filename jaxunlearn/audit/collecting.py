@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxunlearn.audit.margins import retained_margin, true_class_margin
 from jaxunlearn.errors import UserError, one_line
-from jaxunlearn.evaluation.predictions import has_predictions
+from jaxunlearn.evaluation.predictions import UNREADABLE, has_predictions
 from jaxunlearn.progress import Reporter
 from jaxunlearn.registry import RETRAIN, Method
 from jaxunlearn.results import records
@@ -23,7 +22,6 @@ from jaxunlearn.runs.running import results
 
 SETS = ("forget_train", "retain_train", "retain_test")
 STATISTICS = ("true_class", "retained")  # which margin
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 Record = Mapping[str, Any]
 Margins = dict[str, np.ndarray]  # by set: f64[models, images]
@@ -89,10 +87,8 @@ def find(request: Request, method: Method, seed: int) -> dict[str, Any] | None:
     None where there is none such.
     """
     path = request.record_path(method, seed)
-    try:
-        record = records.read(path)
-    except UserError:
-        return None  # if it is there at all, a run says what is wrong with it
+    if (record := _read(path)) is None:
+        return None
     settings = json.loads(json.dumps([dataclasses.asdict(request.protocol), method.hyperparameters]))
     if [record["protocol"], record["hyperparameters"]] != settings or record["rule_digest"] != (method.source or None):
         return None
@@ -114,11 +110,8 @@ def find(request: Request, method: Method, seed: int) -> dict[str, Any] | None:
 
 def _knows_more(path: Path) -> bool:
     """Whether there is a record of a model that says more than those of an audit do."""
-    try:
-        record = records.read(path)
-    except UserError:
-        return False
-    if record["status"] != "ok":  # which a run replaces
+    record = _read(path)
+    if record is None or record["status"] != "ok":  # which a run replaces
         return False
     in_full = record["companions"] is not None and record["companions"]["full"] is not None
     return in_full or record["curves"]["evaluated"] is not None
@@ -126,11 +119,17 @@ def _knows_more(path: Path) -> bool:
 
 def _was_compared(path: Path) -> bool:
     """Whether there is a record of a model beside which there was a retrained one."""
-    try:
-        companions = records.read(path)["companions"]
-    except UserError:
-        return False
+    record = _read(path)
+    companions = record and record["companions"]
     return companions is not None and companions["against_retrain"] is not None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record, if it is there; where it cannot be read a run says what is wrong with it."""
+    try:
+        return records.read(path)
+    except UserError:
+        return None
 
 
 def load(request: Request, method: Method) -> tuple[list[Record], Models]:

@@ -22,6 +22,8 @@ from jaxunlearn.training.unlearning import Split
 
 BATCH_SIZE = 500  # images; BatchNorm is frozen, so it changes only speed and what the attack's augmentation draws
 
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of a file that `packed` has not made
+
 
 class Sets(NamedTuple):
     """One value for each set of images that a model is asked about."""
@@ -65,7 +67,7 @@ def has_predictions(file: Path, digest: str) -> bool:
     try:
         with np.load(file) as said:
             return str(said["digest"]) == digest and Sets._fields[0] in said
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except UNREADABLE:
         return False
 
 

@@ -53,7 +53,7 @@ struct Flat {
   int kept() const { return line() + reach + 32; }
   // Whether no zeros lie among the pixels: as for 1x1 kernels.
   bool dense() const { return stride == 1 && pad == 0; }
-  double pixels() const { return (double)batch * out.height * out.width; }
+  double pixels(int images) const { return (double)images * out.height * out.width; }  // of the result
 
   // What a pixel of the result is the sum of.
   std::vector<Run> Forward() const {

@@ -83,11 +83,10 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t stride, int64_t reading, HalfAr
         }
       });
     });
-    for (int f = 0; f < lanes; f++)
-      Centre(shifts[f], (float)count * flat.out.height * flat.out.width, totals[f], squares[f]);
+    for (int f = 0; f < lanes; f++) Centre(shifts[f], flat.pixels(count), totals[f], squares[f]);
   });
-  MergeMoments(flat.blocks(), [&](int block) { return (double)flat.images(block) * flat.out.height * flat.out.width; },
-               all.data(), lanes, features, ymean->typed_data(), yvar->typed_data());
+  MergeMoments(flat.blocks(), [&](int block) { return flat.pixels(flat.images(block)); }, all.data(), lanes, features,
+               ymean->typed_data(), yvar->typed_data());
   return ffi::Error::Success();
 }
 
@@ -120,7 +119,7 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t stride, int64_t reading, HalfA
   Flat flat(x.dimensions(), y.dimensions(), kernel.dimensions()[0], stride);
   int channels = flat.in.channels, features = flat.out.channels, lanes = Padded(channels);
   Reading read(reading, channels, mean, factor, bias);
-  OutputGradient gradient(flat.pixels(), ymean, gmean, gvar);
+  OutputGradient gradient(flat.pixels(flat.batch), ymean, gmean, gvar);
   std::vector<Packed> packed;
   std::vector<size_t> begins;
   size_t size = 0;
